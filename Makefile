@@ -1,0 +1,56 @@
+# Needs Python 3.10 or newer (with pip and venv) and make; every target makes its own .venv the first time.
+# Another interpreter: `make test PYTHON=python3.12`. Arguments for pytest and the scripts: `make test ARGS="-k diversity -x"`.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow coverage lint format bench clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## train on handwritten digits and watch the batch grow
+	$(RUN) examples/digits.py $(ARGS)
+
+test: $(STAMP) ## run the fast tests
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## run the tests that are slow or need the network
+	$(RUN) -m pytest -m "slow or network" $(ARGS)
+
+coverage: $(STAMP) ## run the fast tests and list the lines that none of them reaches
+	$(RUN) -m pytest --cov $(ARGS)
+
+lint: $(STAMP) ## check format, style and types; changes nothing
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(STAMP) ## put format and style right where a tool can
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: $(STAMP) ## run the benchmark that the README quotes
+	$(RUN) benchmarks/digits.py $(ARGS)
+
+clean: ## remove what runs left behind; keeps .venv
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist *.egg-info
+	rm -rf lightning_logs checkpoints outputs
+	find . -name .git -prune -o -path ./$(VENV) -prune -o -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+# The stamp appears only after a complete install; an install that was interrupted is begun again from nothing.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@if [ -e $(VENV)/unfinished ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(VENV)/unfinished
+	@echo "installing into $(VENV) (a minute or so; only when setup.cfg, pyproject.toml or constraints.txt changed)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e ".[dev]"
+	@mv $(VENV)/unfinished $@

@@ -1,0 +1,3 @@
+"""Gradient diversity for PyTorch Lightning: batches that grow as far as the gradients allow."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,163 @@
+"""Per-example gradients by ``torch.func``, and by the plain loop that is the reference for every other engine."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from lightning_graddiv.diversity import GradientSums
+from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
+from lightning_graddiv.per_example.batches import has_row_per_example, replace_leaves, select, tensor_leaves
+from lightning_graddiv.per_example.losses import StepLoss
+
+_CHUNK_BYTES = 128 * 2**20
+"""Per-example gradients that are held at a time; a chunk has at least one example."""
+
+
+@dataclass(frozen=True)
+class PerExampleGradients:
+    """What is kept of n per-example gradients: their squared norms, shape (n,), float64, and their sum, shape (d,)."""
+
+    sq_norms: Tensor
+    gradient_sum: Tensor
+
+    def sums(self) -> GradientSums:
+        """Return what the examples add up to."""
+        return GradientSums(float(len(self.sq_norms)), float(self.sq_norms.sum()), self.gradient_sum)
+
+
+def loop_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
+    """Differentiate one example at a time with plain autograd: slow, and right wherever a batch of one makes sense.
+
+    Args:
+        loss: the step's loss.
+        batch: a batch of ``total`` examples.
+        total: the number of examples.
+
+    Raises:
+        MeasurementError: an example's loss is not finite, or depends on no parameter.
+    """
+    norms: list[Tensor] = []
+    running: list[Tensor] | None = None
+    for example in range(total):
+        gradients = differentiate(loss, select(batch, [example], total))
+        norms.append(sum_of_squares(gradients))
+        wide = [gradient.to(_sum_dtype(gradient)) for gradient in gradients]
+        running = wide if running is None else [a.add_(b) for a, b in zip(running, wide, strict=True)]
+    return PerExampleGradients(torch.stack(norms), _flatten(running or []))
+
+
+def differentiate(loss: StepLoss, batch: Any) -> list[Tensor]:
+    """Return the gradients of the batch's loss for every parameter; zero where the loss does not depend on one.
+
+    Raises:
+        MeasurementError: the loss is not finite, or depends on no parameter.
+    """
+    value = loss(batch)
+    if not value.requires_grad:
+        raise MeasurementError(
+            f"The loss of `{type(loss.module).__name__}` does not depend on any trainable parameter.", lasting=True
+        )
+    if not bool(torch.isfinite(value)):
+        raise MeasurementError("The loss is not finite, so this measurement was dropped.")
+    gradients = torch.autograd.grad(value, loss.parameters, allow_unused=True)
+    return [
+        torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
+        for parameter, gradient in zip(loss.parameters, gradients, strict=True)
+    ]
+
+
+def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
+    """Differentiate all examples at once with ``vmap(grad)``, in chunks, so that memory does not grow with the batch.
+
+    Random masks are drawn afresh for each example.
+
+    Args:
+        loss: the step's loss.
+        batch: a batch of ``total`` examples.
+        total: the number of examples.
+
+    Raises:
+        FunctionalEngineError: the step does not run under ``torch.func``.
+    """
+    values = [parameter.detach() for parameter in loss.parameters]
+    rows = _ExampleRows(batch, total)
+    per_example = vmap(
+        grad_and_value(lambda values, *leaves: loss.at(values, rows.batch_of_one(leaves))),
+        in_dims=(None, *rows.in_dims),
+        randomness="different",
+    )
+    norms: list[Tensor] = []
+    running: list[Tensor] | None = None
+    for leaves in rows.chunks(_chunk_size(values)):
+        gradients, losses = _transformed(per_example, values, leaves)
+        if not bool(torch.isfinite(losses).all()):  # the loop tells whether the loss is, or uses a metric's value
+            raise FunctionalEngineError("the loss is not finite under torch.func.vmap")
+        gradients = [gradient.detach() for gradient in gradients]
+        norms.append(sum_of_squares(gradients, per_row=True))
+        sums = [gradient.sum(0, dtype=_sum_dtype(gradient)) for gradient in gradients]
+        running = sums if running is None else [a.add_(b) for a, b in zip(running, sums, strict=True)]
+    return PerExampleGradients(torch.cat(norms), _flatten(running or []))
+
+
+class _ExampleRows:
+    """The tensors of a batch with a row per example: those that ``vmap`` maps over."""
+
+    def __init__(self, batch: Any, total: int) -> None:
+        self._batch, self._total = batch, total
+        self._leaves = tensor_leaves(batch)
+        self._mapped = [has_row_per_example(leaf, total) for leaf in self._leaves]
+        self.in_dims = [0 if mapped else None for mapped in self._mapped]
+
+    def batch_of_one(self, leaves: Sequence[Tensor]) -> Any:
+        rows = [leaf.unsqueeze(0) if mapped else leaf for leaf, mapped in zip(leaves, self._mapped, strict=True)]
+        return replace_leaves(self._batch, rows)
+
+    def chunks(self, size: int) -> Iterator[list[Tensor]]:
+        for start in range(0, self._total, size):
+            yield [
+                leaf[start : start + size] if mapped else leaf
+                for leaf, mapped in zip(self._leaves, self._mapped, strict=True)
+            ]
+
+
+def _transformed(per_example: Any, values: list[Tensor], leaves: list[Tensor]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return per_example(values, *leaves)
+    except (MeasurementError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FunctionalEngineError(f"it does not run under torch.func.vmap ({type(error).__name__}: {reason})") from error
+
+
+def _chunk_size(values: Sequence[Tensor]) -> int:
+    return max(1, _CHUNK_BYTES // sum(value.numel() * value.element_size() for value in values))
+
+
+def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Tensor:
+    """Add up squared entries over all parameters in float64; with ``per_row`` one sum for each leading index."""
+    flat = [_real(gradient).reshape(len(gradient) if per_row else 1, -1) for gradient in gradients]
+    norms = [torch.linalg.vector_norm(entries, dim=-1, dtype=torch.float64) for entries in flat]
+    total = torch.stack(norms).square().sum(0)
+    return total if per_row else total[0]
+
+
+def _real(gradient: Tensor) -> Tensor:
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def _flatten(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([_real(gradient).flatten() for gradient in gradients])
+
+
+def _sum_dtype(gradient: Tensor) -> torch.dtype:
+    """Sum in at least float32, whatever the parameters are kept in."""
+    return torch.promote_types(gradient.dtype, torch.float32)
+

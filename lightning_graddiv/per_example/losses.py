@@ -1,0 +1,152 @@
+"""The loss of an unmodified module as a pure function of its parameters and a batch."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.shadow import is_lightning_module, shadow_copy
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class StepLoss:
+    """The loss that one training step computes, as a function of the batch and, if wanted, of the parameters.
+
+    Each call runs on a fresh shadow of the module (see :mod:`.shadow`), so that no call sees or leaves a trace of
+    another.
+
+    Args:
+        module: a LightningModule, or any module together with ``loss_fn``.
+        loss_fn: ``loss_fn(module, batch) -> scalar``. None: the module's own ``training_step``.
+        step_args: what ``training_step`` receives after the batch. None: a batch index of zero where it takes one.
+        parameters: the parameters to differentiate for. None: all that require a gradient.
+
+    Raises:
+        MeasurementError: nothing to differentiate for, sharded parameters, manual optimization.
+        TypeError: a module that is not a LightningModule, without ``loss_fn``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        loss_fn: LossFunction | None = None,
+        step_args: tuple[Any, ...] | None = None,
+        parameters: Sequence[nn.Parameter] | None = None,
+    ) -> None:
+        self.module = module
+        self.parameters = _trainable(module, parameters)
+        self._names = _all_names(module, self.parameters)
+        self._loss_of = loss_fn if loss_fn is not None else _training_step_loss(module, step_args)
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Return the scalar loss at the module's own parameters, with its autograd graph."""
+        return _scalar(self._loss_of(shadow_copy(self.module), batch))
+
+    def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
+        """Return the scalar loss with ``values`` in place of ``parameters``: a pure function, for ``torch.func``."""
+        step = _Step(shadow_copy(self.module, unknown_metrics=True), self._loss_of)
+        named = {name: value for names, value in zip(self._names, values, strict=True) for name in names}
+        # Each name of a tied parameter is given its value, so there is nothing left for torch to tie.
+        return _scalar(functional_call(step, named, (batch,), tie_weights=False))
+
+
+class _Step(nn.Module):
+    """A forward pass that is the whole step, which is what ``functional_call`` knows how to call."""
+
+    def __init__(self, module: nn.Module, loss_of: LossFunction) -> None:
+        super().__init__()
+        self.module = module
+        self._loss_of = loss_of
+
+    def forward(self, batch: Any) -> Any:
+        return self._loss_of(self.module, batch)
+
+
+@contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    """Keep a measurement from touching training: random states are put back, autocast is off, loggers are silent."""
+    trainer = getattr(module, "_trainer", None)
+    devices = {"cpu", *(parameter.device.type for parameter in module.parameters())}
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(torch.enable_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if trainer is not None:
+            loggers = trainer.loggers
+            trainer.loggers = [DummyLogger() for _ in loggers]
+            stack.callback(setattr, trainer, "loggers", loggers)
+        yield
+
+
+def _trainable(module: nn.Module, wanted: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if wanted is not None:
+        chosen = {id(parameter) for parameter in wanted}
+        parameters = [parameter for parameter in parameters if id(parameter) in chosen]
+    if not parameters:
+        raise MeasurementError(
+            f"`{type(module).__name__}` has no trainable parameters (that the optimizer holds), so it has no gradients.",
+            lasting=True,
+        )
+    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
+        raise MeasurementError(
+            f"`{type(module).__name__}` holds sharded parameters (DTensor): a loop or vmap over them gives wrong "
+            "gradients without an error. Use a strategy that replicates the parameters (single device or DDP).",
+            lasting=True,
+        )
+    return parameters
+
+
+def _all_names(module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[list[str]]:
+    """List every name of each parameter within :class:`_Step`; a tied parameter has several."""
+    names: dict[int, list[str]] = {id(parameter): [] for parameter in parameters}
+    for prefix, submodule in shadow_copy(module).named_modules(prefix="module", remove_duplicate=False):
+        for name, parameter in submodule._parameters.items():
+            if id(parameter) in names:
+                names[id(parameter)].append(f"{prefix}.{name}")
+    return [names[id(parameter)] for parameter in parameters]
+
+
+def _training_step_loss(module: nn.Module, step_args: tuple[Any, ...] | None) -> LossFunction:
+    if not is_lightning_module(module):
+        raise TypeError(
+            "Expected argument `loss_fn` to be a function of (module, batch), because "
+            f"`{type(module).__name__}` is not a LightningModule, but got None"
+        )
+    if not module.automatic_optimization:
+        raise MeasurementError(
+            f"`{type(module).__name__}` uses manual optimization: its training_step takes optimizer steps, so it has no "
+            "loss that could be measured. Pass `loss_fn`, or use automatic optimization.",
+            lasting=True,
+        )
+    arguments = _default_step_args(module) if step_args is None else step_args
+    return lambda shadow, batch: shadow.training_step(batch, *arguments)  # type: ignore[operator, no-any-return]
+
+
+def _default_step_args(module: nn.Module) -> tuple[Any, ...]:
+    parameters = inspect.signature(module.training_step).parameters.values()  # type: ignore[arg-type]
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return (0,)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (0,) if len(positional) > 1 else ()
+
+
+def _scalar(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+        raise MeasurementError(f"The training step returned {found} where a scalar loss was expected.")
+    return loss.reshape(())

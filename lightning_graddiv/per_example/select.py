@@ -1,0 +1,144 @@
+"""Which engine measures a batch, and the checks that it must pass first."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_graddiv.diversity import GradientMoments
+from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
+from lightning_graddiv.per_example.batches import count_examples, select
+from lightning_graddiv.per_example.functional import PerExampleGradients, functional_gradients, loop_gradients
+from lightning_graddiv.per_example.losses import LossFunction, StepLoss, measuring
+from lightning_graddiv.per_example.noise import noise_off
+from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum
+
+Engine = Callable[[StepLoss, Any, int], PerExampleGradients]
+
+ENGINES: dict[str, Engine] = {"functional": functional_gradients, "loop": loop_gradients}
+
+
+def check_engine_name(engine: str) -> str:
+    """Return ``engine`` if it names one.
+
+    Raises:
+        ValueError: it does not.
+    """
+    names = ("auto", *ENGINES)
+    if engine not in names:
+        raise ValueError(f"Expected argument `engine` to be one of {names} but got {engine!r}")
+    return engine
+
+
+class PerExampleEngine:
+    """Measures batch after batch with one engine, checking it the first time and ever more rarely after that.
+
+    ``auto`` is ``functional`` until that fails on this module, then ``loop``, with one warning. The checks run at
+    measurements 1, 2, 4, 8, ... and at every 64th, because the next batch may be padded where the first was not.
+
+    Args:
+        engine: ``"auto"``, ``"functional"`` or ``"loop"``.
+        max_examples: measure at most so many examples of a batch, evenly spaced. None: all.
+    """
+
+    def __init__(self, engine: str = "auto", max_examples: int | None = None) -> None:
+        self._falls_back = check_engine_name(engine) == "auto"
+        self._engine: Engine = functional_gradients if self._falls_back else ENGINES[engine]
+        self._max_examples = max_examples
+        self._calls = 0
+
+    def measure(self, loss: StepLoss, batch: Any, *, expected: int | None = None) -> PerExampleGradients:
+        """Return the squared norms and the sum of the batch's per-example gradients.
+
+        Args:
+            loss: the step's loss.
+            batch: a batch of examples.
+            expected: how many examples the loader drew, where known.
+
+        Raises:
+            MeasurementError: the batch cannot be split into examples, or the loss is not finite.
+        """
+        total = count_examples(batch, expected)
+        if self._max_examples is not None and total > self._max_examples:
+            examples = [i * total // self._max_examples for i in range(self._max_examples)]
+            batch, total = select(batch, examples, total), self._max_examples
+        self._calls += 1
+        with measuring(loss.module):
+            if total > 1 and _is_check_due(self._calls):
+                return self._checked(loss, batch, total)
+            return self._measure(loss, batch, total)
+
+    def _checked(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
+        sample = check_separable(loss, batch, total, seed=self._calls)
+        if self._engine is functional_gradients:
+            try:
+                check_engine(functional_gradients, loss, sample)
+            except FunctionalEngineError as error:
+                self._fall_back(loss, sample.batch, sample.total, error)
+        with noise_off() as noise:
+            measured = self._measure(loss, batch, total)
+            check_sum(loss, batch, measured)
+        return self._measure(loss, batch, total) if noise.drawn else measured
+
+    def _measure(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
+        try:
+            return self._engine(loss, batch, total)
+        except FunctionalEngineError as error:
+            return self._fall_back(loss, batch, total, error)
+
+    def _fall_back(self, loss: StepLoss, batch: Any, total: int, error: FunctionalEngineError) -> PerExampleGradients:
+        name = type(loss.module).__name__
+        if not self._falls_back:
+            raise MeasurementError(
+                f"Engine `functional` cannot measure `{name}`: {error}. Use engine='auto' or 'loop'.", lasting=True
+            ) from error
+        measured = loop_gradients(loss, batch, total)  # if the loop fails too, the module is not to blame
+        self._engine = loop_gradients
+        warnings.warn(
+            f"Engine `functional` cannot measure `{name}`: {error}. Falling back to the engine `loop`, which is exact "
+            "and takes one forward and backward pass per example; `max_examples` limits its cost.",
+            stacklevel=2,
+        )
+        return measured
+
+
+def _is_check_due(calls: int) -> bool:
+    return calls & (calls - 1) == 0 or calls % 64 == 0
+
+
+def per_example_squared_norms(
+    module: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None, engine: str = "auto"
+) -> Tensor:
+    """Return the squared norms of the per-example gradients of a module on a batch.
+
+    Entry i is ``|grad of loss(batch of example i alone)|^2`` over all parameters that require a gradient: a gradient of
+    the example's own loss, not divided by the batch size, whether the loss averages or sums over the batch. The module,
+    its random state and its gradients are left as they were.
+
+    Args:
+        module: a LightningModule, or any module together with ``loss_fn``.
+        batch: tensors in any nesting of tuples, lists, mappings, dataclasses and named tuples.
+        loss_fn: ``loss_fn(module, batch) -> scalar``. None: the module's own ``training_step``.
+        engine: ``"functional"`` (``torch.func``), ``"loop"`` (plain autograd, the reference), or ``"auto"``: the first
+            that can measure this module.
+
+    Returns:
+        Tensor of shape (n,), float64.
+
+    Raises:
+        MeasurementError: the batch cannot be split into examples, or a loss is not finite.
+        ValueError: an unknown engine.
+        TypeError: a module that is not a LightningModule, without ``loss_fn``.
+    """
+    return PerExampleEngine(engine).measure(StepLoss(module, loss_fn=loss_fn), batch).sq_norms
+
+
+def measure_moments(
+    module: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None, engine: str = "auto"
+) -> GradientMoments:
+    """Return the gradient moments of a module on a batch: one probe for :func:`estimate_diversity`.
+
+    Arguments and errors are those of :func:`per_example_squared_norms`.
+    """
+    return PerExampleEngine(engine).measure(StepLoss(module, loss_fn=loss_fn), batch).sums().moments()

@@ -1,0 +1,539 @@
+"""Definitions 4 and 5, their estimate from probes, and the estimators that it must not be."""
+
+import itertools
+import math
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lightning_graddiv.diversity import (
+    DiversityEstimate,
+    GradientMoments,
+    GradientSums,
+    _student_t,
+    batch_size_bound,
+    between_rank_excess,
+    estimate_diversity,
+    gain,
+    gradient_diversity,
+)
+
+
+def gaussian(n: int, d: int, seed: int = 0, mean: float = 0.3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) + mean
+
+
+def probes_of(gradients: torch.Tensor, size: int) -> list[GradientMoments]:
+    return [GradientMoments.from_gradients(part) for part in gradients.split(size)]
+
+
+def draw_moments(bound: float, d: int, size: int, probes: int, rng: np.random.Generator) -> tuple:
+    """S1 and S2 of probes from N(G, I_d) with |G|^2 = d / (B - 1), drawn from their exact joint distribution.
+
+    |s|^2 / M is noncentral chi-square (d, M |G|^2), and S1 - |s|^2 / M an independent chi-square (d (M - 1)).
+    """
+    between = rng.noncentral_chisquare(d, size * d / (bound - 1), probes)
+    return between + rng.chisquare(d * (size - 1), probes), size * between
+
+
+def drawn_probes(bound: float, d: int, size: int, probes: int, seed: int = 0) -> list[GradientMoments]:
+    s1, s2 = draw_moments(bound, d, size, probes, np.random.default_rng(seed))
+    return [GradientMoments(size, float(a), float(b)) for a, b in zip(s1, s2, strict=True)]
+
+
+class TestDefinitions:
+    def test_orthogonal_gradients_give_n(self):
+        assert gradient_diversity(torch.eye(7)).item() == 1
+        assert batch_size_bound(torch.eye(7)).item() == 7
+
+    def test_identical_gradients_give_one(self):
+        gradients = torch.tensor([[3.0, -4.0]]).repeat(6, 1)
+        assert batch_size_bound(gradients).item() == pytest.approx(1, rel=1e-14)
+        assert gradient_diversity(gradients).item() == pytest.approx(1 / 6, rel=1e-14)
+
+    def test_a_hand_computed_case(self):
+        gradients = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])  # S1 = 6, sum = (2, 2)
+        assert gradient_diversity(gradients).item() == pytest.approx(6 / 8, rel=1e-14)
+        assert batch_size_bound(gradients).item() == pytest.approx(18 / 8, rel=1e-14)
+
+    def test_it_is_one_plus_the_trace_of_the_covariance_over_the_squared_mean(self):
+        gradients = gaussian(50, 9)
+        trace = gradients.var(dim=0, correction=0).sum()
+        expected = 1 + trace / gradients.mean(dim=0).square().sum()
+        assert batch_size_bound(gradients).item() == pytest.approx(expected.item(), rel=1e-12)
+
+    @pytest.mark.parametrize("times", [2, 5])
+    def test_replicating_the_data_leaves_the_bound_at_that_of_the_distinct_examples(self, times):
+        gradients = gaussian(12, 5)
+        bound = batch_size_bound(gradients).item()
+        assert batch_size_bound(gradients.repeat(times, 1)).item() == pytest.approx(bound, rel=1e-12)
+
+    def test_the_scale_of_the_loss_does_not_matter(self):
+        gradients = gaussian(12, 5)
+        bound = batch_size_bound(gradients).item()
+        assert batch_size_bound(1e-6 * gradients).item() == pytest.approx(bound, rel=1e-12)
+
+    def test_the_basis_of_the_parameters_does_not_matter(self):
+        gradients = gaussian(12, 5)
+        basis = torch.linalg.qr(gaussian(5, 5, seed=1)).Q
+        bound = batch_size_bound(gradients).item()
+        assert batch_size_bound(gradients @ basis).item() == pytest.approx(bound, rel=1e-12)
+
+    def test_gradients_that_cancel_have_no_bound(self):
+        gradients = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
+        assert batch_size_bound(gradients).item() == math.inf
+        assert gradient_diversity(gradients).item() == math.inf
+
+    def test_all_zero_gradients_are_undefined(self):
+        assert math.isnan(gradient_diversity(torch.zeros(3, 2)))
+        assert math.isnan(batch_size_bound(torch.zeros(3, 2)))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_sums_of_low_precision_gradients_are_taken_in_float64(self, dtype):
+        gradients = gaussian(300, 40, mean=20.0).to(dtype)
+        result = batch_size_bound(gradients)
+        assert result.dtype == torch.float64
+        assert result.item() == pytest.approx(batch_size_bound(gradients.double()).item(), rel=1e-12)
+
+    @pytest.mark.parametrize(
+        "function", [gradient_diversity, batch_size_bound, GradientMoments.from_gradients]
+    )
+    @pytest.mark.parametrize(
+        "gradients",
+        [torch.ones(3), torch.tensor(1.0), torch.ones(2, 3, 4), torch.ones(0, 3), torch.ones(2, 2).long()],
+        ids=["1-dim", "0-dim", "3-dim", "empty", "integers"],
+    )
+    def test_anything_but_n_by_d_floats_is_refused(self, function, gradients):
+        with pytest.raises(
+            ValueError, match="Expected argument `gradients` to be a floating-point tensor of"
+        ):
+            function(gradients)
+
+
+class TestMoments:
+    def test_sums_hold_what_the_examples_add_up_to(self):
+        gradients = gaussian(8, 3)
+        sums = GradientSums.from_gradients(gradients.requires_grad_())
+        assert sums.count == 8
+        assert sums.sum_sq_norms == pytest.approx(gradients.square().sum().item(), rel=1e-14)
+        assert not sums.gradient_sum.requires_grad
+        torch.testing.assert_close(sums.gradient_sum, gradients.detach().sum(dim=0), rtol=1e-14, atol=0)
+
+    def test_moments_of_the_sums_are_the_moments(self):
+        gradients = gaussian(8, 3)
+        moments = GradientMoments.from_gradients(gradients)
+        assert moments == GradientSums.from_gradients(gradients).moments()
+        assert moments.sq_norm_of_sum == pytest.approx(gradients.sum(dim=0).square().sum().item(), rel=1e-14)
+
+    @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+    @pytest.mark.parametrize("field", [field.name for field in fields(GradientMoments)])
+    def test_a_number_that_no_gradients_can_have_is_refused(self, field, value):
+        good = dict.fromkeys((field.name for field in fields(GradientMoments)), 1.0)
+        with pytest.raises(
+            ValueError, match=f"Expected argument `{field}` to be finite and non-negative but got"
+        ):
+            GradientMoments(**{**good, field: value})
+
+    def test_the_group_sums_come_together(self):
+        with pytest.raises(ValueError, match="both or neither"):
+            GradientMoments(2, 1, 1, group_sq_counts=2)
+
+    def test_gradients_that_are_not_finite_are_refused(self):
+        with pytest.raises(ValueError, match="finite"):
+            GradientSums.from_gradients(torch.tensor([[1.0, math.nan]]))
+
+    def test_a_sum_that_is_no_vector_is_refused(self):
+        with pytest.raises(ValueError, match="`gradient_sum` to be of shape"):
+            GradientSums(1, 1.0, torch.ones(2, 2))
+
+
+class TestEstimate:
+    def test_one_probe_of_the_whole_data_set_is_definition_5(self):
+        for seed, n in enumerate((2, 3, 32, 257)):
+            gradients = gaussian(n, 11, seed)
+            estimate = estimate_diversity([GradientMoments.from_gradients(gradients)], dataset_size=n)
+            assert estimate.bound == pytest.approx(batch_size_bound(gradients).item(), rel=1e-12)
+            assert estimate.diversity == pytest.approx(gradient_diversity(gradients).item(), rel=1e-12)
+
+    def test_a_whole_data_set_that_cancels_gives_inf_and_not_one_over_rounding(self):
+        for n in range(2, 60):
+            assert estimate_diversity([GradientMoments(n, 0.1 * n, 0.0)], dataset_size=n).bound == math.inf
+
+    def test_averaged_over_all_subsets_it_is_exact(self):
+        # Without replacement: the mean over every possible probe has no sampling error left, only bias.
+        gradients = gaussian(7, 4)
+        probes = [
+            GradientMoments.from_gradients(gradients[list(rows)])
+            for rows in itertools.combinations(range(7), 3)
+        ]
+        bound = estimate_diversity(probes, dataset_size=7).bound
+        assert bound == pytest.approx(batch_size_bound(gradients).item(), rel=1e-12)
+
+    def test_averaged_over_all_draws_with_replacement_it_is_exact_as_a_stream(self):
+        gradients = gaussian(5, 4)
+        probes = [
+            GradientMoments.from_gradients(gradients[list(rows)])
+            for rows in itertools.product(range(5), repeat=3)
+        ]
+        bound = estimate_diversity(probes).bound
+        assert bound == pytest.approx(batch_size_bound(gradients).item(), rel=1e-12)
+
+    def test_probes_may_differ_in_size_and_scale(self):
+        # Every probe holds exact pairs of B = 200; norms fall while M grows.
+        def exact(count, sq_norm, bound=200):
+            return GradientMoments(count, count * sq_norm, count * sq_norm * (1 + (count - 1) / bound))
+
+        probes = [exact(32, 1.0)] * 12 + [exact(512, 1 / 16)] * 4
+        assert estimate_diversity(probes).bound == pytest.approx(200, rel=1e-12)
+        # Weighting the signal by M (M - 1) and the second moment by M pools different probes in the two.
+        pairs = sum(p.count * (p.count - 1) for p in probes)
+        signal = sum(p.sq_norm_of_sum - p.sum_sq_norms for p in probes) / pairs
+        second_moment = sum(p.sum_sq_norms for p in probes) / sum(p.count for p in probes)
+        assert second_moment / signal == pytest.approx(576.5, abs=0.1)
+
+    def test_the_fields_fit_together(self):
+        estimate = estimate_diversity(probes_of(gaussian(200, 6), 20), dataset_size=1000)
+        assert estimate.rho == pytest.approx(estimate.signal / estimate.second_moment, rel=1e-12)
+        assert estimate.noise_scale == pytest.approx(1 / estimate.rho - 1, rel=1e-12)
+        assert estimate.bound == pytest.approx(1 / (1e-3 + (1 - 1e-3) * estimate.rho), rel=1e-12)
+        assert estimate.diversity == pytest.approx(estimate.bound / 1000, rel=1e-12)
+        assert (estimate.num_probes, estimate.num_examples, estimate.dataset_size) == (10, 200, 1000)
+        assert estimate_diversity(probes_of(gaussian(200, 6), 20)).diversity is None
+
+    def test_signal_and_second_moment_are_those_of_the_gradients(self):
+        gradients = gaussian(6, 4)
+        probes = [
+            GradientMoments.from_gradients(gradients[list(p)]) for p in itertools.combinations(range(6), 2)
+        ]
+        estimate = estimate_diversity(probes, dataset_size=6)
+        gram = gradients @ gradients.T
+        off_diagonal = (gram.sum() - gram.trace()) / 30
+        assert estimate.second_moment == pytest.approx(gram.trace().item() / 6, rel=1e-12)
+        assert estimate.signal == pytest.approx(off_diagonal.item(), rel=1e-12)
+
+    def test_probes_without_pairs_are_ignored(self):
+        probes = probes_of(gaussian(60, 6), 10)
+        single, fraction = GradientMoments(1, 9.0, 9.0), GradientMoments(0.9, 9.0, 4.0)
+        assert estimate_diversity([single, *probes, fraction]) == estimate_diversity(probes)
+
+    def test_a_signal_below_zero_is_larger_than_the_probes_can_see(self):
+        estimate = estimate_diversity([GradientMoments(4, 4.0, 1.0)] * 5)
+        assert (estimate.bound, estimate.upper, estimate.noise_scale) == (math.inf, math.inf, math.inf)
+        assert estimate.rho < 0
+        # A finite data set is never larger than what rho = 0 makes of it by much: 1/n stays.
+        assert estimate_diversity([GradientMoments(4, 4.0, 4.0)] * 5, dataset_size=100).bound == 100
+
+    def test_the_bound_is_never_below_one(self):
+        # Unequal weights can push S2 a little beyond M * S1.
+        estimate = estimate_diversity([GradientMoments(4, 4.0, 17.0)] * 5)
+        assert (estimate.bound, estimate.lower, estimate.noise_scale) == (1, 1, 0)
+
+    def test_a_data_set_of_one_example_allows_a_batch_of_one(self):
+        estimate = estimate_diversity(probes_of(gaussian(60, 6), 10), dataset_size=1)
+        assert (estimate.lower, estimate.bound, estimate.upper) == (1, 1, 1)
+
+    def test_every_number_is_a_float_and_none_is_nan(self):
+        cases = [
+            [GradientMoments(2, 1.0, 0.0)],
+            [GradientMoments(2, 1.0, 2.0)] * 4,
+            [GradientMoments(2, 0.0, 0.0)] * 7 + [GradientMoments(2, 1.0, 1.5)],
+            [GradientMoments(32, 1e-30, 1e-30), GradientMoments(32, 1e30, 1e30)] * 3,
+            probes_of(gaussian(60, 6), 10),
+        ]
+        for probes, n in itertools.product(cases, (None, 1, 2, 1000)):
+            estimate = estimate_diversity(probes, dataset_size=n)
+            for field in fields(DiversityEstimate)[:7]:
+                value = getattr(estimate, field.name)
+                assert isinstance(value, float), field.name
+                assert not math.isnan(value), field.name
+
+    @pytest.mark.parametrize("dataset_size", [0, -3])
+    def test_an_impossible_data_set_is_refused(self, dataset_size):
+        with pytest.raises(
+            ValueError, match="Expected argument `dataset_size` to be at least 1 or None but got"
+        ):
+            estimate_diversity(probes_of(gaussian(20, 3), 5), dataset_size=dataset_size)
+
+    @pytest.mark.parametrize("confidence", [0, 1, 1.5, -0.1, math.nan])
+    def test_an_impossible_confidence_is_refused(self, confidence):
+        with pytest.raises(ValueError, match=r"Expected argument `confidence` to be in \(0, 1\) but got"):
+            estimate_diversity(probes_of(gaussian(20, 3), 5), confidence=confidence)
+
+    @pytest.mark.parametrize("probes", [[], [GradientMoments(1, 1.0, 1.0)]])
+    def test_no_pairs_at_all_are_refused(self, probes):
+        with pytest.raises(
+            ValueError, match="Expected argument `probes` to hold a probe of more than one example"
+        ):
+            estimate_diversity(probes)
+
+    def test_all_zero_gradients_are_refused(self):
+        with pytest.raises(ValueError, match="Expected argument `probes` to hold a non-zero gradient"):
+            estimate_diversity([GradientMoments(4, 0.0, 0.0)] * 5)
+
+
+class TestInterval:
+    def test_it_is_the_delete_one_jackknife_with_students_t(self):
+        probes, k, n = probes_of(gaussian(90, 6), 10), 9, 500
+        signals = np.array([p.sq_norm_of_sum - p.sum_sq_norms for p in probes])
+        seconds = np.array([(p.count - 1) * p.sum_sq_norms for p in probes])
+        deleted = (signals.sum() - signals) / (seconds.sum() - seconds)
+        se = math.sqrt((k - 1) / k * ((deleted - deleted.mean()) ** 2).sum())
+        for confidence in (0.5, 0.9, 0.99):
+            margin = stats.t.ppf((1 + confidence) / 2, k - 1) * se
+            estimate = estimate_diversity(probes, dataset_size=n, confidence=confidence)
+            for end, rho in (
+                (estimate.lower, estimate.rho + margin),
+                (estimate.upper, estimate.rho - margin),
+            ):
+                inverse = 1 / n + (1 - 1 / n) * rho
+                assert end == pytest.approx(1 / inverse if inverse > 0 else math.inf, rel=1e-9)
+
+    @pytest.mark.parametrize("k", [1, 2, 3])
+    def test_fewer_than_four_probes_say_nothing_about_spread(self, k):
+        estimate = estimate_diversity(probes_of(gaussian(10 * k, 6), 10))
+        assert (estimate.lower, estimate.upper) == (1, math.inf)
+
+    def test_probes_without_pairs_do_not_count_towards_the_four(self):
+        estimate = estimate_diversity([*probes_of(gaussian(30, 6), 10), GradientMoments(1, 1.0, 1.0)])
+        assert (estimate.lower, estimate.upper) == (1, math.inf)
+        assert estimate_diversity(probes_of(gaussian(40, 6), 10)).lower > 1
+
+    def test_one_probe_that_holds_all_gradients_says_nothing_about_spread(self):
+        estimate = estimate_diversity([GradientMoments(8, 0.0, 0.0)] * 7 + [GradientMoments(8, 8.0, 16.0)])
+        assert (estimate.lower, estimate.upper) == (1, math.inf)
+
+    def test_one_probe_that_dwarfs_the_others_does_not_wash_their_spread_out(self):
+        small = probes_of(gaussian(80, 6), 10)
+        estimate = estimate_diversity([*small, GradientMoments(10, 1e30, 5e30)])
+        assert (
+            estimate.upper > 1.5 * estimate.bound
+        )  # leaving it out changes everything: the interval says so
+
+    def test_the_bound_lies_within(self):
+        rng = np.random.default_rng(3)
+        for _ in range(300):
+            k, n = int(rng.integers(1, 9)), rng.choice([None, 1, 2, 50, 10**6])
+            probes = [
+                GradientMoments(m, s, s * m * u)
+                for m, s, u in zip(
+                    rng.uniform(1.01, 50, k), rng.lognormal(0, 3, k), rng.uniform(0, 1, k), strict=True
+                )
+            ]
+            estimate = estimate_diversity(probes, dataset_size=n)
+            assert 1 <= estimate.lower <= estimate.bound <= estimate.upper
+
+    def test_equal_probes_give_an_interval_without_width(self):
+        estimate = estimate_diversity([GradientMoments(8, 8.0, 16.0)] * 6)
+        assert estimate.lower == pytest.approx(7, rel=1e-9)
+        assert estimate.upper == pytest.approx(7, rel=1e-9)
+
+    def test_the_quantile_is_students(self):
+        for dof in (*range(1, 41), 99, 100, 499, 1000):
+            for confidence in (0.01, 0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.9999):
+                expected = stats.t.ppf((1 + confidence) / 2, dof)
+                assert _student_t(dof, confidence) == pytest.approx(expected, rel=1e-10), (dof, confidence)
+
+
+class TestWhatItIsNot:
+    """Each way of getting it wrong, by its closed form, beside ours on the same probes."""
+
+    bound, size, n = 2000.0, 32, 50_000
+    probes = drawn_probes(bound, d=100_000, size=size, probes=4000, seed=1)
+    s1 = np.array([p.sum_sq_norms for p in probes])
+    s2 = np.array([p.sq_norm_of_sum for p in probes])
+
+    def test_the_drawn_moments_are_those_of_gaussian_gradients(self):
+        d, size, bound, k = 30, 8, 20.0, 20_000
+        mean = torch.zeros(d, dtype=torch.float64)
+        mean[0] = math.sqrt(d / (bound - 1))
+        gradients = gaussian(k * size, d, mean=0.0).view(k, size, d) + mean
+        real = np.stack([gradients.square().sum((1, 2)), gradients.sum(1).square().sum(1)])
+        drawn = np.stack(draw_moments(bound, d, size, k, np.random.default_rng(0)))
+        se = np.sqrt(2 / k) * real.std(axis=1)
+        assert (abs(real.mean(axis=1) - drawn.mean(axis=1)) < 4 * se).all()
+        np.testing.assert_allclose(np.cov(real), np.cov(drawn), rtol=0.06)
+
+    def test_ours_is_near_the_truth(self):
+        assert estimate_diversity(self.probes).bound == pytest.approx(self.bound, rel=0.03)
+
+    def test_nor_the_diversity_of_the_probe_times_the_probe(self):
+        theirs = np.mean(self.size * self.s1 / self.s2)
+        saturated = self.size * self.bound / (self.size + self.bound - 1)
+        assert theirs == pytest.approx(saturated, rel=0.005)
+        assert saturated < self.size
+        assert estimate_diversity(self.probes).bound > 50 * theirs
+
+    def test_nor_the_diversity_of_the_probe_times_the_data_set(self):
+        theirs = np.mean(self.n * self.s1 / self.s2)
+        assert theirs == pytest.approx(self.n * self.bound / (self.size + self.bound - 1), rel=0.005)
+        # Of n = 50,000 examples of this population, B_S is 1 / (1/n + (1 - 1/n) / B).
+        truth = 1 / (1 / self.n + (1 - 1 / self.n) / self.bound)
+        assert estimate_diversity(self.probes, dataset_size=self.n).bound == pytest.approx(truth, rel=0.03)
+        assert theirs > 20 * truth
+
+    def test_nor_the_plug_in_signal(self):
+        # |mean g|^2 holds the noise of the probe, trSigma / M, besides the signal.
+        trace = (self.s1 - self.s2 / self.size) / (self.size - 1)
+        theirs = np.mean(trace) / np.mean(self.s2 / self.size**2)
+        assert theirs == pytest.approx((self.bound - 1) / (1 + (self.bound - 1) / self.size), rel=0.005)
+        assert theirs < self.size < estimate_diversity(self.probes).bound / 50
+
+    def test_nor_the_mean_of_ratios(self):
+        # E[1 / rho_t] = B (1 + cv^2 + 3 cv^4 + ...): never below B, and worse as probes get noisier.
+        bound, d, size = 200.0, 5000, 32
+        probes = drawn_probes(bound, d, size, probes=40_000)
+        cv = math.sqrt(2 * (bound - 1) ** 2 / (d * size**2) + 4 * (bound - 1) / (d * size))
+        single = [estimate_diversity([probe]).bound for probe in probes]
+        theirs = sum(single) / len(single)
+        assert theirs / bound == pytest.approx(1 + cv**2 + 3 * cv**4, abs=0.0025)
+        assert theirs / bound > 1.015
+        assert estimate_diversity(probes).bound / bound == pytest.approx(1, abs=0.0025)
+
+    def test_nor_a_signal_clamped_before_it_is_averaged(self):
+        bound, d, size = 2000.0, 250, 32
+        probes = drawn_probes(bound, d, size, probes=60_000)
+        clamped = [max(p.sq_norm_of_sum - p.sum_sq_norms, 0.0) for p in probes]
+        theirs = sum((p.count - 1) * p.sum_sq_norms for p in probes) / sum(clamped)
+        # A normal signal of mean mu and deviation sigma, clamped: mu Phi(mu/sigma) + sigma phi(mu/sigma).
+        mu = d / (bound - 1)
+        sigma = math.sqrt(2 * d / (size * (size - 1)) + 4 * mu / size)
+        expected = mu * stats.norm.cdf(mu / sigma) + sigma * stats.norm.pdf(mu / sigma)
+        assert theirs == pytest.approx((d + mu) / expected, rel=0.03)
+        assert theirs < 750
+        assert estimate_diversity(probes).bound == pytest.approx(bound, rel=0.08)
+
+    def test_nor_the_within_rank_pairs_alone(self):
+        # Both are unbiased; the joint probe has about world-size times the pairs, so less variance.
+        world, shard, d, bound, k = 8, 8, 50, 5000.0, 6000
+        mean = torch.zeros(d, dtype=torch.float64)
+        mean[0] = math.sqrt(d / (bound - 1))
+        gradients = gaussian(k * world * shard, d, mean=0.0).view(k, world, shard, d) + mean
+        s1 = gradients.square().sum((1, 2, 3))
+        within = (gradients.sum(2).square().sum((1, 2)) - s1) / (world * shard * (shard - 1))
+        count = world * shard
+        joint = torch.tensor(
+            [estimate_diversity([GradientMoments.from_gradients(g.flatten(0, 1))]).signal for g in gradients]
+        )
+        pairs = count * (count - 1) / (world * shard * (shard - 1))
+        assert pairs == 9
+        assert (within.var() / joint.var()).item() == pytest.approx(pairs, rel=0.12)
+        assert joint.mean().item() == pytest.approx(
+            d / (bound - 1), abs=4 * joint.std().item() / math.sqrt(k)
+        )
+
+
+class TestRanksAsACheck:
+    def grouped(self, shards: torch.Tensor) -> GradientMoments:
+        """One probe of shape (world, examples, d)."""
+        world, examples, _ = shards.shape
+        sums = shards.sum(dim=1)
+        return GradientMoments(
+            world * examples,
+            shards.square().sum().item(),
+            sums.sum(dim=0).square().sum().item(),
+            group_sq_norms_of_sums=sums.square().sum().item(),
+            group_sq_counts=world * examples**2,
+        )
+
+    def shards(self, kind: str, seed: int, world: int = 4, examples: int = 8, d: int = 20) -> torch.Tensor:
+        gradients = gaussian(world * examples, d, seed).view(world, examples, d)
+        if kind == "same":
+            return gradients[:1].expand(world, -1, -1)
+        if kind == "heterogeneous":
+            return gradients + gaussian(world, d, seed=10_000, mean=0.0)[:, None]
+        return gradients
+
+    def excess(self, kind: str, first_seed: int = 0, probes: int = 16) -> float:
+        return between_rank_excess([self.grouped(self.shards(kind, first_seed + i)) for i in range(probes)])
+
+    def test_independent_shards_agree(self):
+        values = torch.tensor([self.excess("independent", 100 * i) for i in range(200)])
+        assert values.mean().item() == pytest.approx(0, abs=0.3)
+        assert values.std().item() == pytest.approx(1.1, abs=0.2)
+        assert values.abs().max() < 5
+
+    def test_ranks_that_see_the_same_data_stand_out(self):
+        assert self.excess("same") > 8
+
+    def test_heterogeneous_shards_stand_out_on_the_other_side(self):
+        assert self.excess("heterogeneous") < -8
+
+    def test_it_is_the_difference_in_jackknife_standard_errors(self):
+        shards = [self.shards("independent", seed) for seed in range(6)]
+        pairs_b, pairs_w = 32**2 - 4 * 64, 4 * 64 - 32
+        between, within = [], []
+        for g in shards:
+            gram = (g.flatten(0, 1) @ g.flatten(0, 1).T).view(4, 8, 4, 8)
+            same_rank = sum(gram[r, :, r].sum() for r in range(4))
+            between.append((gram.sum() - same_rank).item())
+            within.append((same_rank - g.square().sum()).item())
+
+        def difference(keep):
+            return sum(between[i] for i in keep) / (len(keep) * pairs_b) - sum(within[i] for i in keep) / (
+                len(keep) * pairs_w
+            )
+
+        deleted = np.array([difference([i for i in range(6) if i != j]) for j in range(6)])
+        se = math.sqrt(5 / 6 * ((deleted - deleted.mean()) ** 2).sum())
+        expected = difference(range(6)) / se
+        assert between_rank_excess([self.grouped(g) for g in shards]) == pytest.approx(expected, rel=1e-9)
+
+    def test_fewer_than_four_probes_with_groups_say_nothing(self):
+        plain = [GradientMoments.from_gradients(gaussian(32, 20, seed)) for seed in range(9)]
+        grouped = [self.grouped(self.shards("same", seed)) for seed in range(4)]
+        assert between_rank_excess([]) == 0
+        assert between_rank_excess(plain) == 0
+        assert between_rank_excess([*plain, *grouped[:3]]) == 0
+        assert between_rank_excess([*plain, *grouped]) == between_rank_excess(grouped) != 0
+
+    def test_one_rank_or_one_example_a_rank_have_nothing_to_compare(self):
+        one_rank = [self.grouped(self.shards("independent", seed, world=1)) for seed in range(6)]
+        one_example = [self.grouped(self.shards("independent", seed, examples=1)) for seed in range(6)]
+        assert between_rank_excess(one_rank) == 0
+        assert between_rank_excess(one_example) == 0
+
+    def test_a_difference_without_spread_is_infinite_and_signed(self):
+        # M = 4 on two ranks; within and between both sum 4 or 8 pairs.
+        agree = GradientMoments(4, 4.0, 10.0, group_sq_norms_of_sums=6.0, group_sq_counts=8.0)
+        above = GradientMoments(4, 4.0, 16.0, group_sq_norms_of_sums=6.0, group_sq_counts=8.0)
+        below = GradientMoments(4, 4.0, 7.0, group_sq_norms_of_sums=6.0, group_sq_counts=8.0)
+        assert between_rank_excess([agree] * 5) == 0
+        assert between_rank_excess([above] * 5) == math.inf
+        assert between_rank_excess([below] * 5) == -math.inf
+
+    def test_rounding_is_no_evidence(self):
+        shards = torch.full((4, 8, 20), 0.1, dtype=torch.float64)
+        assert between_rank_excess([self.grouped(shards * (1 + 0.1 * i)) for i in range(8)]) == 0
+
+
+class TestGain:
+    def test_one_example_is_one_step(self):
+        assert gain(1, 37.5) == 1
+
+    def test_without_a_bound_it_is_the_batch(self):
+        assert gain(512, math.inf) == 512
+
+    def test_at_the_bound_it_is_half_of_it(self):
+        assert gain(1000, 1000) == pytest.approx(500, rel=1e-3)
+
+    def test_it_saturates_at_the_bound(self):
+        assert gain(1e9, 50) == pytest.approx(50, rel=1e-6)
+
+    def test_it_is_the_batch_over_one_plus_delta(self):
+        for batch_size, bound in itertools.product((1, 2, 32, 4096), (1.0, 7.5, 1e4)):
+            delta = (batch_size - 1) / bound
+            assert gain(batch_size, bound) == pytest.approx(batch_size / (1 + delta), rel=1e-13)
+            assert gain(batch_size, bound) == pytest.approx(
+                batch_size * bound / (bound + batch_size - 1), rel=1e-13
+            )
+
+    @pytest.mark.parametrize(
+        ("batch_size", "bound", "name"), [(0, 5, "batch_size"), (5, 0.5, "bound"), (5, math.nan, "bound")]
+    )
+    def test_less_than_one_is_refused(self, batch_size, bound, name):
+        with pytest.raises(ValueError, match=f"Expected argument `{name}` to be at least 1 but got"):
+            gain(batch_size, bound)
