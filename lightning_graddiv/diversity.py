@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -298,12 +299,13 @@ def between_rank_excess(probes: Sequence[GradientMoments]) -> float:
     groups = [group for group in map(_group_sums, probes) if group is not None]
     if len(groups) < MIN_PROBES_FOR_INTERVAL:
         return 0.0
-    difference = _between_minus_within(groups)
+    columns = [list(column) for column in zip(*groups, strict=True)]
+    difference = _between_minus_within(*map(math.fsum, columns))
     # Rounding is no evidence: identical gradients leave a difference and a spread of a few ulp each.
     second_moment = math.fsum(p.sum_sq_norms for p in probes) / math.fsum(p.count for p in probes)
     if abs(difference) <= 1e-12 * second_moment:
         return 0.0
-    se = _jackknife_se([_between_minus_within(groups[:j] + groups[j + 1 :]) for j in range(len(groups))])
+    se = _jackknife_se(list(map(_between_minus_within, *map(_sums_without_each, columns))))
     return difference / se if se > 0 else math.copysign(math.inf, difference)
 
 
@@ -361,15 +363,18 @@ def _margin(signals: list[float], second_moments: list[float], confidence: float
     k = len(signals)
     if k < MIN_PROBES_FOR_INTERVAL:
         return math.inf
-    remaining = [(_sum_without(signals, j), _sum_without(second_moments, j)) for j in range(k)]
-    if any(second_moment <= 0 for _, second_moment in remaining):
+    numerators, denominators = _sums_without_each(signals), _sums_without_each(second_moments)
+    if min(denominators) <= 0:
         return math.inf  # one probe alone has gradients
-    return _student_t(k - 1, confidence) * _jackknife_se([signal / m2 for signal, m2 in remaining])
+    rhos = [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
+    return _student_t(k - 1, confidence) * _jackknife_se(rhos)
 
 
-def _sum_without(values: list[float], j: int) -> float:
-    # Added up anew: total - values[j] would cancel when one probe dwarfs the others.
-    return math.fsum(values[:j]) + math.fsum(values[j + 1 :])
+def _sums_without_each(values: list[float]) -> list[float]:
+    # What is before plus what is behind: total - value would cancel when one probe dwarfs the others.
+    before = accumulate(values[:-1], initial=0.0)
+    behind = list(accumulate(values[:0:-1], initial=0.0))
+    return [left + right for left, right in zip(before, reversed(behind), strict=True)]
 
 
 def _jackknife_se(leave_one_out: list[float]) -> float:
@@ -389,8 +394,7 @@ def _group_sums(probe: GradientMoments) -> tuple[float, float, float, float] | N
     return probe.sq_norm_of_sum - grouped, between, grouped - probe.sum_sq_norms, within
 
 
-def _between_minus_within(groups: list[tuple[float, float, float, float]]) -> float:
-    between, between_pairs, within, within_pairs = (math.fsum(column) for column in zip(*groups, strict=True))
+def _between_minus_within(between: float, between_pairs: float, within: float, within_pairs: float) -> float:
     return between / between_pairs - within / within_pairs
 
 

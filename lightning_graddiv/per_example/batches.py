@@ -23,16 +23,16 @@ def tensor_leaves(batch: Any) -> list[Tensor]:
     return leaves
 
 
-def count_examples(batch: Any, expected: int | None = None) -> int:
+def count_examples(batch: Any, at_most: int | None = None) -> int:
     """Return the number of examples: the rows that the batch's tensors share.
 
     Args:
         batch: tensors in any nesting of tuples, lists, mappings, dataclasses and named tuples.
-        expected: the number of examples that the loader drew, where it is known. Tensors may then have other leading
-            dimensions, but some tensor must have this one.
+        at_most: how many examples the loader draws for a full batch, where that is known. Tensors may then have other
+            leading dimensions beside this one; fewer rows, the same in all tensors, are a last batch that is not full.
 
     Raises:
-        MeasurementError: there is no tensor with rows, no row at all, or none with the expected number.
+        MeasurementError: there is no tensor with rows, no row at all, or rows that cannot be the loader's examples.
     """
     sizes = [leaf.shape[0] for leaf in tensor_leaves(batch) if leaf.ndim > 0]
     if not sizes:
@@ -43,15 +43,17 @@ def count_examples(batch: Any, expected: int | None = None) -> int:
         )
     if max(sizes) == 0:
         raise MeasurementError("The batch is empty: there is no example to measure.")
-    if expected is None:
+    if at_most is None:
         return Counter(sizes).most_common(1)[0][0]
-    if expected not in sizes:
-        raise MeasurementError(
-            f"The loader drew {expected} examples, but the batch's tensors have {sorted(set(sizes))} rows: "
-            "rows are not examples here, so the batch cannot be split into examples.",
-            lasting=True,
-        )
-    return expected
+    if at_most in sizes:
+        return at_most
+    if len(set(sizes)) == 1 and sizes[0] < at_most:
+        return sizes[0]
+    raise MeasurementError(
+        f"The loader draws {at_most} examples for a batch, but the batch's tensors have {sorted(set(sizes))} rows: rows "
+        "are not examples here, so the batch cannot be split into examples.",
+        lasting=True,
+    )
 
 
 def select(batch: Any, examples: Sequence[int], total: int) -> Any:

@@ -60,13 +60,18 @@ def differentiate(loss: StepLoss, batch: Any) -> list[Tensor]:
     value = loss(batch)
     if not value.requires_grad:
         raise MeasurementError(
-            f"The loss of `{type(loss.module).__name__}` does not depend on any trainable parameter.", lasting=True
+            f"The loss of `{type(loss.module).__name__}` does not depend on any trainable parameter.",
+            lasting=True,
         )
     if not bool(torch.isfinite(value)):
         raise MeasurementError("The loss is not finite, so this measurement was dropped.")
     gradients = torch.autograd.grad(value, loss.parameters, allow_unused=True)
     return [
-        torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
+        torch.zeros_like(parameter)
+        if gradient is None
+        else gradient.to_dense()
+        if gradient.is_sparse
+        else gradient
         for parameter, gradient in zip(loss.parameters, gradients, strict=True)
     ]
 
@@ -95,7 +100,9 @@ def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGr
     running: list[Tensor] | None = None
     for leaves in rows.chunks(_chunk_size(values)):
         gradients, losses = _transformed(per_example, values, leaves)
-        if not bool(torch.isfinite(losses).all()):  # the loop tells whether the loss is, or uses a metric's value
+        if not bool(
+            torch.isfinite(losses).all()
+        ):  # the loop tells whether the loss is, or uses a metric's value
             raise FunctionalEngineError("the loss is not finite under torch.func.vmap")
         gradients = [gradient.detach() for gradient in gradients]
         norms.append(sum_of_squares(gradients, per_row=True))
@@ -114,7 +121,9 @@ class _ExampleRows:
         self.in_dims = [0 if mapped else None for mapped in self._mapped]
 
     def batch_of_one(self, leaves: Sequence[Tensor]) -> Any:
-        rows = [leaf.unsqueeze(0) if mapped else leaf for leaf, mapped in zip(leaves, self._mapped, strict=True)]
+        rows = [
+            leaf.unsqueeze(0) if mapped else leaf for leaf, mapped in zip(leaves, self._mapped, strict=True)
+        ]
         return replace_leaves(self._batch, rows)
 
     def chunks(self, size: int) -> Iterator[list[Tensor]]:
@@ -134,7 +143,9 @@ def _transformed(per_example: Any, values: list[Tensor], leaves: list[Tensor]) -
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise FunctionalEngineError(f"it does not run under torch.func.vmap ({type(error).__name__}: {reason})") from error
+        raise FunctionalEngineError(
+            f"it does not run under torch.func.vmap ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _chunk_size(values: Sequence[Tensor]) -> int:
@@ -160,4 +171,3 @@ def _flatten(gradients: Sequence[Tensor]) -> Tensor:
 def _sum_dtype(gradient: Tensor) -> torch.dtype:
     """Sum in at least float32, whatever the parameters are kept in."""
     return torch.promote_types(gradient.dtype, torch.float32)
-

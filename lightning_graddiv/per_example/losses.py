@@ -94,7 +94,13 @@ def measuring(module: nn.Module) -> Iterator[None]:
 def _trainable(module: nn.Module, wanted: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if wanted is not None:
-        chosen = {id(parameter) for parameter in wanted}
+        chosen = {id(parameter) for parameter in wanted if parameter.requires_grad}
+        if strangers := chosen - {id(parameter) for parameter in parameters}:
+            raise MeasurementError(
+                f"{len(strangers)} of the optimizer's parameters are not parameters of `{type(module).__name__}`, so their "
+                "gradients cannot be measured. Register them in the module.",
+                lasting=True,
+            )
         parameters = [parameter for parameter in parameters if id(parameter) in chosen]
     if not parameters:
         raise MeasurementError(
@@ -147,6 +153,8 @@ def _default_step_args(module: nn.Module) -> tuple[Any, ...]:
 def _scalar(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+        found = (
+            f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+        )
         raise MeasurementError(f"The training step returned {found} where a scalar loss was expected.")
     return loss.reshape(())

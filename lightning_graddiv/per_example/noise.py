@@ -32,14 +32,14 @@ def noise_off() -> Iterator[Noise]:
     noise = Noise()
     with _NoiseOff(noise):
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002 - the global state is what training steps use
+        np.random.seed(0)
         before = _state_outside_torch()
         yield noise
         noise.drawn |= before != _state_outside_torch()
 
 
 def _state_outside_torch() -> tuple[Any, ...]:
-    _, keys, position, *rest = np.random.get_state()  # noqa: NPY002
+    _, keys, position, *rest = np.random.get_state()
     return random.getstate(), keys.tobytes(), position, rest
 
 
@@ -51,7 +51,11 @@ class _NoiseOff(TorchDispatchMode):
         self._noise = noise
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func.namespace in {"c10d", "_c10d_functional"}:
             raise MeasurementError(
@@ -67,7 +71,9 @@ class _NoiseOff(TorchDispatchMode):
     def _without_noise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operator = func._schema.name.removeprefix("aten::")
         dropout = next((name for name in ("dropout_p", "p") if name in _argument_names(func)), None)
-        if dropout is not None and not operator.startswith("bernoulli"):  # dropout, alone or in attention: keep all
+        if dropout is not None and not operator.startswith(
+            "bernoulli"
+        ):  # dropout, alone or in attention: keep all
             given = dict(zip(_argument_names(func), args, strict=False)) | kwargs
             self._noise.drawn |= bool(given.get(dropout, 0.0))
             return func(**given | {dropout: 0.0})

@@ -48,18 +48,18 @@ class PerExampleEngine:
         self._max_examples = max_examples
         self._calls = 0
 
-    def measure(self, loss: StepLoss, batch: Any, *, expected: int | None = None) -> PerExampleGradients:
+    def measure(self, loss: StepLoss, batch: Any, *, at_most: int | None = None) -> PerExampleGradients:
         """Return the squared norms and the sum of the batch's per-example gradients.
 
         Args:
             loss: the step's loss.
             batch: a batch of examples.
-            expected: how many examples the loader drew, where known.
+            at_most: how many examples the loader draws for a full batch, where known.
 
         Raises:
             MeasurementError: the batch cannot be split into examples, or the loss is not finite.
         """
-        total = count_examples(batch, expected)
+        total = count_examples(batch, at_most)
         if self._max_examples is not None and total > self._max_examples:
             examples = [i * total // self._max_examples for i in range(self._max_examples)]
             batch, total = select(batch, examples, total), self._max_examples
@@ -87,11 +87,14 @@ class PerExampleEngine:
         except FunctionalEngineError as error:
             return self._fall_back(loss, batch, total, error)
 
-    def _fall_back(self, loss: StepLoss, batch: Any, total: int, error: FunctionalEngineError) -> PerExampleGradients:
+    def _fall_back(
+        self, loss: StepLoss, batch: Any, total: int, error: FunctionalEngineError
+    ) -> PerExampleGradients:
         name = type(loss.module).__name__
         if not self._falls_back:
             raise MeasurementError(
-                f"Engine `functional` cannot measure `{name}`: {error}. Use engine='auto' or 'loop'.", lasting=True
+                f"Engine `functional` cannot measure `{name}`: {error}. Use engine='auto' or 'loop'.",
+                lasting=True,
             ) from error
         measured = loop_gradients(loss, batch, total)  # if the loop fails too, the module is not to blame
         self._engine = loop_gradients

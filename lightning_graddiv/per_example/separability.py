@@ -53,7 +53,9 @@ def check_separable(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) ->
     return Sample(together, len(examples), sum_of_squares([alone], per_row=True))
 
 
-def check_engine(engine: Callable[[StepLoss, Any, int], PerExampleGradients], loss: StepLoss, sample: Sample) -> None:
+def check_engine(
+    engine: Callable[[StepLoss, Any, int], PerExampleGradients], loss: StepLoss, sample: Sample
+) -> None:
     """Check an engine against the plain loop on the sample, noise off.
 
     Raises:
@@ -162,4 +164,3 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-

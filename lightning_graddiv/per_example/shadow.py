@@ -93,7 +93,9 @@ class _Copier:
             return self._remember(value, value.clone_state())
         if isinstance(value, (*_RANDOM_STATES, np.ndarray)):
             return self._remember(value, copy.deepcopy(value))
-        if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        if isinstance(value, SimpleNamespace) or (
+            dataclasses.is_dataclass(value) and not isinstance(value, type)
+        ):
             return self._plain_object(value)
         return value
 
@@ -114,8 +116,10 @@ class _Copier:
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, UninitializedTensorMixin):
-            raise MeasurementError("A lazy parameter has no shape yet: run one forward pass before measuring.")
-        if tensor.requires_grad and tensor.is_leaf or isinstance(tensor, nn.Parameter):
+            raise MeasurementError(
+                "A lazy parameter has no shape yet: run one forward pass before measuring."
+            )
+        if (tensor.requires_grad and tensor.is_leaf) or isinstance(tensor, nn.Parameter):
             return tensor
         return self._remember(tensor, tensor.detach().clone())  # type: ignore[no-any-return]
 
@@ -139,7 +143,9 @@ class _Copier:
 
     def _closure(self, function: FunctionType) -> FunctionType:
         cells = tuple(CellType() for _ in function.__closure__ or ())
-        stand_in = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+        stand_in = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+        )
         stand_in.__kwdefaults__ = function.__kwdefaults__
         stand_in.__dict__.update(function.__dict__)
         self._remember(function, stand_in)
@@ -152,7 +158,9 @@ class _Copier:
 
     def _plain_object(self, value: Any) -> Any:
         stand_in = self._remember(value, copy.copy(value))
-        names = vars(value) if hasattr(value, "__dict__") else [field.name for field in dataclasses.fields(value)]
+        names = (
+            vars(value) if hasattr(value, "__dict__") else [field.name for field in dataclasses.fields(value)]
+        )
         for name in names:
             object.__setattr__(stand_in, name, self(getattr(value, name)))
         return stand_in
@@ -168,7 +176,9 @@ def _undo_compile(module: nn.Module) -> None:
     """Make the shadow run eagerly: compiled callables are bound to the module that was compiled."""
     attributes = module.__dict__
     attributes["_compiled_call_impl"] = None
-    if attributes.pop("_compiler_ctx", None) is not None:  # torch.compile(LightningModule), as Lightning unwraps it
+    if (
+        attributes.pop("_compiler_ctx", None) is not None
+    ):  # torch.compile(LightningModule), as Lightning unwraps it
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             attributes.pop(name, None)
 
@@ -178,12 +188,18 @@ def _isolate_metric(metric: Metric, *, unknown: bool) -> None:
     if unknown:
         not_a_number = torch.tensor(float("nan"))
         metric.__dict__.update(
-            update=_do_nothing, reset=_do_nothing, forward=lambda *_, **__: not_a_number, compute=lambda: not_a_number
+            update=_do_nothing,
+            reset=_do_nothing,
+            forward=lambda *_, **__: not_a_number,
+            compute=lambda: not_a_number,
         )
 
 
 def _silence(module: nn.Module) -> None:
-    refused = {name: _refusal(name) for name in ("all_gather", "manual_backward", "toggle_optimizer", "clip_gradients")}
+    refused = {
+        name: _refusal(name)
+        for name in ("all_gather", "manual_backward", "toggle_optimizer", "clip_gradients")
+    }
     module.__dict__.update(log=_do_nothing, log_dict=_do_nothing, print=_do_nothing, **refused)
 
 

@@ -1,0 +1,41 @@
+"""How an effective batch is made: micro-batch x accumulation x processes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """An effective batch size, taken apart.
+
+    Attributes:
+        micro_batch_size: examples in one forward pass of one process.
+        accumulate: micro-batches per optimizer step.
+        world_size: processes.
+    """
+
+    micro_batch_size: int
+    accumulate: int = 1
+    world_size: int = 1
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per optimizer step."""
+        return self.micro_batch_size * self.accumulate * self.world_size
+
+    def resized(self, batch_size: int, max_micro_batch_size: int) -> "BatchPlan | None":
+        """Return the plan of another effective batch size, with the largest micro-batch that divides it.
+
+        Args:
+            batch_size: the new effective batch size.
+            max_micro_batch_size: the most examples that one process takes at a time.
+
+        Returns:
+            The plan; None if the processes cannot share the batch equally.
+        """
+        share, rest = divmod(batch_size, self.world_size)
+        if rest or share < 1:
+            return None
+        accumulate = -(-share // max_micro_batch_size)
+        while share % accumulate:
+            accumulate += 1
+        return BatchPlan(share // accumulate, accumulate, self.world_size)

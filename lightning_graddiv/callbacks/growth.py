@@ -1,0 +1,63 @@
+"""What is kept of a run whose batch grows."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_graddiv.diversity import DiversityEstimate
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One decision that changed the batch.
+
+    Attributes:
+        step: optimizer steps taken when it was made.
+        epoch: the first epoch with the new size.
+        examples_seen: examples trained on when it was made, over all processes.
+        from_batch_size: effective batch size before.
+        to_batch_size: effective batch size after.
+        allowed: the largest effective batch size that the policy allowed.
+        learning_rate_factor: factor on the learning rate from now on.
+        estimate: the estimate that the policy decided on.
+        why: the decision in words.
+    """
+
+    step: int
+    epoch: int
+    examples_seen: float
+    from_batch_size: int
+    to_batch_size: int
+    allowed: float
+    learning_rate_factor: float
+    estimate: DiversityEstimate
+    why: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the decision as primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Growth":
+        """Return the decision that :meth:`state_dict` was taken from."""
+        return cls(**{**state, "estimate": DiversityEstimate(**state["estimate"])})
+
+
+class Throughput:
+    """Examples per second of training for each effective batch size, over all steps without a measurement."""
+
+    def __init__(self) -> None:
+        self._examples: dict[int, float] = defaultdict(float)
+        self._seconds: dict[int, float] = defaultdict(float)
+
+    def add(self, batch_size: int, examples: float, seconds: float) -> None:
+        """Count one micro-batch."""
+        self._examples[batch_size] += examples
+        self._seconds[batch_size] += seconds
+
+    def per_second(self) -> Mapping[int, float]:
+        """Return examples per second by effective batch size."""
+        return {
+            size: self._examples[size] / seconds for size, seconds in self._seconds.items() if seconds > 0
+        }

@@ -1,0 +1,337 @@
+"""The callback that measures gradient diversity while a model trains."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_graddiv.batching.dataset_size import distinct_examples
+from lightning_graddiv.batching.loops import single_train_loader
+from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
+from lightning_graddiv.callbacks.checks import require, require_replicated_parameters
+from lightning_graddiv.callbacks.stopwatch import Stopwatch
+from lightning_graddiv.callbacks.tap import TrainingStepTap
+from lightning_graddiv.distributed import pool_over_ranks
+from lightning_graddiv.diversity import (
+    MIN_PROBES_FOR_INTERVAL,
+    DiversityEstimate,
+    GradientMoments,
+    GradientSums,
+    between_rank_excess,
+    gain,
+)
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.losses import StepLoss
+from lightning_graddiv.per_example.select import PerExampleEngine
+from lightning_graddiv.window import ProbeWindow
+
+_LASTING_REFUSALS = 3
+"""So many refusals in a row that lie in the model switch measuring off."""
+
+_SAME_DATA_EXCESS = 4.0
+"""Standard errors between the two estimates of |G|^2 above which ranks must be seeing the same examples."""
+
+
+class GradientDiversityMonitor(Callback):
+    """Measure the batch-size bound B_S(w) of Yin et al. (Definition 5) during training, with a confidence interval.
+
+    Every ``every_n_steps`` optimizer steps, the per-example gradients of that step's first micro-batch are measured on all
+    processes, at the weights and on the very arguments that ``training_step`` receives, before it runs. The estimate pools
+    the last ``window`` measurements. Training is not touched: with the monitor the weights are bit-identical to those
+    without it.
+
+    Logged to every logger at the measured step, under ``log_prefix``: ``batch_size_bound``, ``bound_lower``,
+    ``bound_upper``, ``diversity`` (not for a stream), ``noise_scale``, ``grad_sq_norm`` (unbiased |G|^2, may be negative),
+    ``second_moment``, ``batch_size``, ``learning_rate``, ``sample_efficiency`` and ``overhead`` (seconds spent measuring
+    over seconds of training without them). The progress bar shows the bound.
+
+    Args:
+        every_n_steps: optimizer steps from one measurement to the next.
+        engine: ``"auto"``, ``"functional"`` or ``"loop"``; see :func:`~lightning_graddiv.per_example_squared_norms`.
+        max_examples: measure at most so many examples per process. None: the whole micro-batch.
+        window: measurements that one estimate pools, at least 4. It restarts when the learning rate falls by half.
+        confidence: of the two-sided interval.
+        log_prefix: first part of the logged names.
+
+    Raises:
+        ValueError: an argument out of range.
+        MisconfigurationException: at the start of ``fit``, for manual optimization, several optimizers, or a strategy
+            that shards parameters.
+
+    Example::
+
+        trainer = Trainer(callbacks=[GradientDiversityMonitor(every_n_steps=50)])
+        trainer.fit(model, train_loader)
+
+    Attributes:
+        latest: the latest estimate, the same on every process; None before the first.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 20,
+        engine: str = "auto",
+        max_examples: int | None = None,
+        window: int = 16,
+        confidence: float = 0.9,
+        log_prefix: str = "graddiv",
+    ) -> None:
+        super().__init__()
+        require(every_n_steps >= 1, "every_n_steps", "at least 1", every_n_steps)
+        require(max_examples is None or max_examples >= 2, "max_examples", "None or at least 2", max_examples)
+        require(window >= MIN_PROBES_FOR_INTERVAL, "window", f"at least {MIN_PROBES_FOR_INTERVAL}", window)
+        require(0 < confidence < 1, "confidence", "between 0 and 1", confidence)
+        require(bool(log_prefix), "log_prefix", "a name", log_prefix)
+        self.every_n_steps = every_n_steps
+        self.engine = engine
+        self.max_examples = max_examples
+        self.confidence = confidence
+        self.log_prefix = log_prefix
+        self._dataset_size: int | None = None
+        self._stopwatch = Stopwatch()
+        self._tap: TrainingStepTap | None = None
+        self._window = ProbeWindow(window)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a new training."""
+        self.latest: DiversityEstimate | None = None
+        self.optimizer_steps = 0
+        self.examples_seen = 0.0
+        self.measurements = 0
+        self._window.clear()
+        self._engine = PerExampleEngine(self.engine, self.max_examples)
+        self._measured: GradientMoments | None = None
+        self._measured_step = 0
+        self._stepped = False
+        self._refusals = 0
+        self._said: set[str] = set()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            every_n_steps=self.every_n_steps, engine=self.engine, log_prefix=self.log_prefix
+        )
+
+    def on_estimate(self, trainer: Trainer, pl_module: LightningModule, estimate: DiversityEstimate) -> None:
+        """Override to use an estimate; called after the measured step, on every process with the same numbers."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        require_replicated_parameters(trainer.strategy, type(self).__name__)
+        if trainer.global_step == 0:  # a new training; a checkpoint's state is loaded after this
+            self._forget()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name = type(self).__name__
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{name} needs automatic optimization, but `{type(pl_module).__name__}.automatic_optimization` is False: "
+                "its training_step takes optimizer steps itself and cannot be run for measuring."
+            )
+        if len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                f"{name} needs one optimizer, but `{type(pl_module).__name__}.configure_optimizers` made "
+                f"{len(trainer.optimizers)}."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader = single_train_loader(trainer)
+        self._dataset_size = distinct_examples(loader, trainer.num_training_batches, trainer.world_size)
+        self._window.max_age_examples = float(self._dataset_size or "inf")
+        if len(self._window) > 0:
+            self.latest = self._window.estimate(self._dataset_size, self.confidence)
+        self._stopwatch = Stopwatch()
+        self._stopwatch.resume()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stopwatch.pause()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._stopwatch.resume()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._stepped = False
+        opens_a_step = batch_idx % trainer.accumulate_grad_batches == 0
+        is_due = (self.optimizer_steps + 1) % self.every_n_steps == 0
+        if opens_a_step and is_due and self._refusals < _LASTING_REFUSALS:
+            learning_rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
+            self._tap = TrainingStepTap(
+                trainer.strategy, lambda args: self._measure(trainer, pl_module, args, learning_rate)
+            )
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._stepped = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._disarm()
+        self.examples_seen += (
+            drawn_examples(single_train_loader(trainer), batch_idx) or 0
+        ) * trainer.world_size
+        self.optimizer_steps += self._stepped
+        moments, self._measured = self._measured, None
+        if moments is not None and self.latest is not None:
+            self._publish(trainer, pl_module, self.latest)
+            self.on_estimate(trainer, pl_module, self.latest)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._disarm()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._disarm()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer_steps": self.optimizer_steps,
+            "examples_seen": self.examples_seen,
+            "measurements": self.measurements,
+            "window": self._window.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        self.optimizer_steps = state_dict["optimizer_steps"]
+        self.examples_seen = state_dict["examples_seen"]
+        self.measurements = state_dict["measurements"]
+        self._window.load_state_dict(state_dict["window"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running trainer; Lightning puts ``log`` and ``log_dict`` on every callback."""
+        return {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}} | {
+            "_tap": None
+        }
+
+    def _disarm(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+
+    def _measure(
+        self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...], learning_rate: float
+    ) -> None:
+        """Make one probe of the batch that training is about to use; never raises, and leaves no trace in training."""
+        self._tap = None
+        with self._stopwatch.measuring(trainer.strategy.root_device):
+            sums, refusal = self._measure_here(trainer, pl_module, args)
+            lasting = isinstance(refusal, MeasurementError) and refusal.lasting
+            moments, lasting = pool_over_ranks(sums, trainer.strategy.root_device, lasting=lasting)
+            self._refusals = self._refusals + 1 if lasting else 0
+            if moments is not None and (moments.count < 2 or moments.sum_sq_norms == 0):
+                refusal = MeasurementError(
+                    "The batch holds one example, and diversity is about pairs: use a larger batch."
+                    if moments.count < 2
+                    else "Every per-example gradient is exactly zero, so their diversity is undefined."
+                )
+                moments = None
+            if moments is None:
+                self._say_refused(trainer, refusal)
+                return
+            self.measurements += 1
+            self._measured = moments
+            self._measured_step = trainer.global_step
+            self._window.append(moments, learning_rate=learning_rate, examples_seen=self.examples_seen)
+            self.latest = self._window.estimate(self._dataset_size, self.confidence)
+            self._check_ranks()
+
+    def _measure_here(
+        self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]
+    ) -> tuple[GradientSums | None, Exception | None]:
+        try:
+            parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+            loss = StepLoss(pl_module, step_args=args[1:], parameters=parameters)
+            sums = self._engine.measure(
+                loss, args[0], at_most=drawn_batch_size(single_train_loader(trainer))
+            ).sums()
+            sums.moments()  # refuses what is not finite before other processes count on it
+        except Exception as error:  # measuring must never end a training run
+            return None, error
+        return sums, None
+
+    def _say_refused(self, trainer: Trainer, refusal: Exception | None) -> None:
+        if refusal is None:
+            reason = "Another process could not measure."
+        elif isinstance(refusal, MeasurementError):
+            reason = str(refusal)
+        else:
+            reason = f"{type(refusal).__name__}: {refusal}"
+        if self._refusals >= _LASTING_REFUSALS:
+            reason += " Measuring is now off for this fit, because the reason lies in the model or its loss."
+        key = reason[:60]  # the same reason with other numbers is said once
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(
+                f"{type(self).__name__} dropped the measurement at step {trainer.global_step}: {reason}",
+                stacklevel=2,
+            )
+
+    def _check_ranks(self) -> None:
+        if "ranks" not in self._said and between_rank_excess(self._window.probes) > _SAME_DATA_EXCESS:
+            self._said.add("ranks")
+            rank_zero_warn(
+                f"{type(self).__name__}: the processes see the same examples (gradients of different processes are more "
+                "alike than those within one), so B_S comes out wrong. Let Lightning inject a DistributedSampler "
+                "(use_distributed_sampler=True), or shard the data by process."
+            )
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, estimate: DiversityEstimate) -> None:
+        if trainer.barebones:
+            return
+        metrics = {
+            f"{self.log_prefix}/{name}": value for name, value in self._metrics(trainer, estimate).items()
+        }
+        # self.log reaches loggers only every log_every_n_steps, and then repeats stale values.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=self._measured_step)
+        shown = f"{self.log_prefix}/batch_size_bound"
+        for name, value in metrics.items():
+            pl_module.log(
+                name, value, prog_bar=name == shown, logger=False, on_step=True, on_epoch=False, batch_size=1
+            )
+
+    def _metrics(self, trainer: Trainer, estimate: DiversityEstimate) -> Mapping[str, float]:
+        batch_size = self._effective_batch_size(trainer)
+        metrics = {
+            "batch_size_bound": estimate.bound,
+            "bound_lower": estimate.lower,
+            "bound_upper": estimate.upper,
+            "noise_scale": estimate.noise_scale,
+            "grad_sq_norm": estimate.signal,
+            "second_moment": estimate.second_moment,
+            "batch_size": float(batch_size),
+            "learning_rate": self._learning_rate(trainer),
+            "sample_efficiency": gain(batch_size, estimate.bound) / batch_size,
+            "overhead": self._stopwatch.overhead,
+        }
+        return metrics if estimate.diversity is None else {**metrics, "diversity": estimate.diversity}
+
+    def _effective_batch_size(self, trainer: Trainer) -> int:
+        drawn = drawn_batch_size(single_train_loader(trainer))
+        micro_batch = drawn if drawn is not None else self._window.probes[-1].count / trainer.world_size
+        return round(micro_batch * trainer.accumulate_grad_batches * trainer.world_size)
+
+    def _learning_rate(self, trainer: Trainer) -> float:
+        return max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)

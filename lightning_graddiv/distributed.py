@@ -1,0 +1,54 @@
+"""The few numbers that cross processes."""
+
+import torch
+import torch.distributed as dist
+
+from lightning_graddiv.diversity import GradientMoments, GradientSums
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def pool_over_ranks(
+    sums: GradientSums | None, device: torch.device, *, lasting: bool = False
+) -> tuple[GradientMoments | None, bool]:
+    """Make one probe of what every process measured. Every process must call this, also after a failure.
+
+    Args:
+        sums: what this process measured; None if it could not.
+        device: where the process group wants its tensors.
+        lasting: whether this process's failure would happen again on the next batch.
+
+    Returns:
+        The moments over all processes, the same on each, None if any process failed; and whether a failure is lasting on
+        any of them.
+    """
+    if world_size() == 1:
+        return (None if sums is None else sums.moments()), lasting
+    failed, count, sum_sq_norms, sq_norm = 1.0, 0.0, 0.0, 0.0
+    if sums is not None:
+        failed, count, sum_sq_norms = 0.0, sums.count, sums.sum_sq_norms
+        sq_norm = sums.moments().sq_norm_of_sum
+    mine = [failed, float(lasting), count, sum_sq_norms, sq_norm, count**2]
+    packed = torch.tensor(mine, dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    failures, lasting_failures, total, total_sq_norms, group_sq_norms, group_sq_counts = packed.tolist()
+    if sums is None or failures > 0:
+        return None, lasting_failures > 0
+    gradient_sum = sums.gradient_sum.clone()
+    dist.all_reduce(gradient_sum)
+    joint = GradientSums(total, total_sq_norms, gradient_sum).moments()
+    return GradientMoments(
+        total, total_sq_norms, joint.sq_norm_of_sum, group_sq_norms, group_sq_counts
+    ), False
+
+
+def smallest_over_ranks(value: float, device: torch.device) -> float:
+    """Return the smallest value of any process, so that all of them decide alike."""
+    if world_size() == 1:
+        return value
+    agreed = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return float(agreed)
