@@ -22,8 +22,8 @@ def pool_over_ranks(
         lasting: whether this process's failure would happen again on the next batch.
 
     Returns:
-        The moments over all processes, the same on each, None if any process failed; and whether a failure is lasting on
-        any of them.
+        The moments over all processes, the same on each, None if any process failed; and whether a failure is lasting
+        on any of them.
     """
     if world_size() == 1:
         return (None if sums is None else sums.moments()), lasting
@@ -40,9 +40,7 @@ def pool_over_ranks(
     gradient_sum = sums.gradient_sum.clone()
     dist.all_reduce(gradient_sum)
     joint = GradientSums(total, total_sq_norms, gradient_sum).moments()
-    return GradientMoments(
-        total, total_sq_norms, joint.sq_norm_of_sum, group_sq_norms, group_sq_counts
-    ), False
+    return GradientMoments(total, total_sq_norms, joint.sq_norm_of_sum, group_sq_norms, group_sq_counts), False
 
 
 def smallest_over_ranks(value: float, device: torch.device) -> float:

@@ -135,9 +135,7 @@ class GradientMoments:
     group_sq_counts: float | None = None
 
     def __post_init__(self) -> None:
-        _check_non_negative(
-            count=self.count, sum_sq_norms=self.sum_sq_norms, sq_norm_of_sum=self.sq_norm_of_sum
-        )
+        _check_non_negative(count=self.count, sum_sq_norms=self.sum_sq_norms, sq_norm_of_sum=self.sq_norm_of_sum)
         if (self.group_sq_norms_of_sums is None) != (self.group_sq_counts is None):
             raise ValueError(
                 "Expected arguments `group_sq_norms_of_sums` and `group_sq_counts` both or neither but got "
@@ -239,9 +237,7 @@ def estimate_diversity(
     second_moments = [(probe.count - 1) * probe.sum_sq_norms for probe in usable]
     signal, second_moment = math.fsum(signals), math.fsum(second_moments)
     if not second_moment > 0:
-        raise ValueError(
-            f"Expected argument `probes` to hold a non-zero gradient but got {len(usable)} without"
-        )
+        raise ValueError(f"Expected argument `probes` to hold a non-zero gradient but got {len(usable)} without")
     rho = signal / second_moment
     margin = _margin(signals, second_moments, confidence)
     bound = bound_from_pairs(signal, second_moment, dataset_size)

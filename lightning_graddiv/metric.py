@@ -155,9 +155,7 @@ class BatchSizeBound(GradientDiversity):
 
     def compute(self) -> Tensor:
         """``B_S`` from all examples seen."""
-        moments = GradientSums(
-            float(self.count), float(self.sum_sq_norms), self.gradient_sum.reshape(-1)
-        ).moments()
+        moments = GradientSums(float(self.count), float(self.sum_sq_norms), self.gradient_sum.reshape(-1)).moments()
         try:
             self._check_seen(moments.count)
         except ValueError:
@@ -205,9 +203,7 @@ def all_reduce_sum(state: Tensor, group: Any = None) -> list[Tensor]:
     torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=group)
     largest, smallest = int(extremes[0]), -int(extremes[1])
     if largest >= 0 and largest != smallest:
-        raise ValueError(
-            f"Expected gradients of one dimension on all processes but got {smallest} and {largest}"
-        )
+        raise ValueError(f"Expected gradients of one dimension on all processes but got {smallest} and {largest}")
     total = state.clone() if state.ndim or largest < 0 else state.new_zeros(largest)
     torch.distributed.all_reduce(total, group=group)
     return [total]

@@ -44,8 +44,8 @@ class Policy(Protocol):
 class DiversityBound:
     """Yin et al.'s rule: ``B <= delta * B_S + 1``, with B_S at the lower end of its interval.
 
-    With this batch, mini-batch SGD reaches a loss accuracy of ``(1 + delta / 2) * eps`` in as many gradient evaluations as
-    serial SGD needs for ``eps`` (theorems 2-5). Sample efficiency is at least ``1 / (1 + delta)``.
+    With this batch, mini-batch SGD reaches a loss accuracy of ``(1 + delta / 2) * eps`` in as many gradient evaluations
+    as serial SGD needs for ``eps`` (theorems 2-5). Sample efficiency is at least ``1 / (1 + delta)``.
 
     Args:
         delta: accepted loss of efficiency, positive.
@@ -60,6 +60,6 @@ class DiversityBound:
         if not self.delta > 0:
             raise ValueError(f"Expected argument `delta` to be positive but got {self.delta}")
 
-    def __call__(self, estimate: DiversityEstimate, run: RunState) -> float:
+    def __call__(self, estimate: DiversityEstimate, run: RunState) -> float:  # noqa: ARG002 - the protocol's
         """Return ``delta * lower + 1``."""
         return self.delta * estimate.lower + 1

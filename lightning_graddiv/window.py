@@ -44,9 +44,7 @@ class ProbeWindow:
         if size < 1:
             raise ValueError(f"Expected argument `size` to be at least 1 but got {size}")
         if not max_age_examples > 0:
-            raise ValueError(
-                f"Expected argument `max_age_examples` to be positive but got {max_age_examples}"
-            )
+            raise ValueError(f"Expected argument `max_age_examples` to be positive but got {max_age_examples}")
         self.size = size
         self.max_age_examples = max_age_examples
         self._probes: list[_Probe] = []
@@ -82,8 +80,5 @@ class ProbeWindow:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the probes of ``state_dict``; of more than ``size``, the newest."""
-        probes = [
-            _Probe(**{**probe, "moments": GradientMoments(**probe["moments"])})
-            for probe in state_dict["probes"]
-        ]
+        probes = [_Probe(**{**probe, "moments": GradientMoments(**probe["moments"])}) for probe in state_dict["probes"]]
         self._probes = probes[-self.size :]

@@ -85,18 +85,14 @@ class TestDefinitions:
         assert result.dtype == torch.float64
         assert result.item() == pytest.approx(batch_size_bound(gradients.double()).item(), rel=1e-12)
 
-    @pytest.mark.parametrize(
-        "function", [gradient_diversity, batch_size_bound, GradientMoments.from_gradients]
-    )
+    @pytest.mark.parametrize("function", [gradient_diversity, batch_size_bound, GradientMoments.from_gradients])
     @pytest.mark.parametrize(
         "gradients",
         [torch.ones(3), torch.tensor(1.0), torch.ones(2, 3, 4), torch.ones(0, 3), torch.ones(2, 2).long()],
         ids=["1-dim", "0-dim", "3-dim", "empty", "integers"],
     )
     def test_anything_but_n_by_d_floats_is_refused(self, function, gradients):
-        with pytest.raises(
-            ValueError, match="Expected argument `gradients` to be a floating-point tensor of"
-        ):
+        with pytest.raises(ValueError, match="Expected argument `gradients` to be a floating-point tensor of"):
             function(gradients)
 
 
@@ -119,9 +115,7 @@ class TestMoments:
     @pytest.mark.parametrize("field", [field.name for field in fields(GradientMoments)])
     def test_a_number_that_no_gradients_can_have_is_refused(self, field, value):
         good = dict.fromkeys((field.name for field in fields(GradientMoments)), 1.0)
-        with pytest.raises(
-            ValueError, match=f"Expected argument `{field}` to be finite and non-negative but got"
-        ):
+        with pytest.raises(ValueError, match=f"Expected argument `{field}` to be finite and non-negative but got"):
             GradientMoments(**{**good, field: value})
 
     def test_the_group_sums_come_together(self):
@@ -152,18 +146,14 @@ class TestEstimate:
     def test_averaged_over_all_subsets_it_is_exact(self):
         # Without replacement: the mean over every possible probe has no sampling error left, only bias.
         gradients = gaussian(7, 4)
-        probes = [
-            GradientMoments.from_gradients(gradients[list(rows)])
-            for rows in itertools.combinations(range(7), 3)
-        ]
+        probes = [GradientMoments.from_gradients(gradients[list(rows)]) for rows in itertools.combinations(range(7), 3)]
         bound = estimate_diversity(probes, dataset_size=7).bound
         assert bound == pytest.approx(batch_size_bound(gradients).item(), rel=1e-12)
 
     def test_averaged_over_all_draws_with_replacement_it_is_exact_as_a_stream(self):
         gradients = gaussian(5, 4)
         probes = [
-            GradientMoments.from_gradients(gradients[list(rows)])
-            for rows in itertools.product(range(5), repeat=3)
+            GradientMoments.from_gradients(gradients[list(rows)]) for rows in itertools.product(range(5), repeat=3)
         ]
         bound = estimate_diversity(probes).bound
         assert bound == pytest.approx(batch_size_bound(gradients).item(), rel=1e-12)
@@ -192,9 +182,7 @@ class TestEstimate:
 
     def test_signal_and_second_moment_are_those_of_the_gradients(self):
         gradients = gaussian(6, 4)
-        probes = [
-            GradientMoments.from_gradients(gradients[list(p)]) for p in itertools.combinations(range(6), 2)
-        ]
+        probes = [GradientMoments.from_gradients(gradients[list(p)]) for p in itertools.combinations(range(6), 2)]
         estimate = estimate_diversity(probes, dataset_size=6)
         gram = gradients @ gradients.T
         off_diagonal = (gram.sum() - gram.trace()) / 30
@@ -239,9 +227,7 @@ class TestEstimate:
 
     @pytest.mark.parametrize("dataset_size", [0, -3])
     def test_an_impossible_data_set_is_refused(self, dataset_size):
-        with pytest.raises(
-            ValueError, match="Expected argument `dataset_size` to be at least 1 or None but got"
-        ):
+        with pytest.raises(ValueError, match="Expected argument `dataset_size` to be at least 1 or None but got"):
             estimate_diversity(probes_of(gaussian(20, 3), 5), dataset_size=dataset_size)
 
     @pytest.mark.parametrize("confidence", [0, 1, 1.5, -0.1, math.nan])
@@ -251,9 +237,7 @@ class TestEstimate:
 
     @pytest.mark.parametrize("probes", [[], [GradientMoments(1, 1.0, 1.0)]])
     def test_no_pairs_at_all_are_refused(self, probes):
-        with pytest.raises(
-            ValueError, match="Expected argument `probes` to hold a probe of more than one example"
-        ):
+        with pytest.raises(ValueError, match="Expected argument `probes` to hold a probe of more than one example"):
             estimate_diversity(probes)
 
     def test_all_zero_gradients_are_refused(self):
@@ -295,9 +279,7 @@ class TestInterval:
     def test_one_probe_that_dwarfs_the_others_does_not_wash_their_spread_out(self):
         small = probes_of(gaussian(80, 6), 10)
         estimate = estimate_diversity([*small, GradientMoments(10, 1e30, 5e30)])
-        assert (
-            estimate.upper > 1.5 * estimate.bound
-        )  # leaving it out changes everything: the interval says so
+        assert estimate.upper > 1.5 * estimate.bound  # leaving it out changes everything: the interval says so
 
     def test_the_bound_lies_within(self):
         rng = np.random.default_rng(3)
@@ -305,9 +287,7 @@ class TestInterval:
             k, n = int(rng.integers(1, 9)), rng.choice([None, 1, 2, 50, 10**6])
             probes = [
                 GradientMoments(m, s, s * m * u)
-                for m, s, u in zip(
-                    rng.uniform(1.01, 50, k), rng.lognormal(0, 3, k), rng.uniform(0, 1, k), strict=True
-                )
+                for m, s, u in zip(rng.uniform(1.01, 50, k), rng.lognormal(0, 3, k), rng.uniform(0, 1, k), strict=True)
             ]
             estimate = estimate_diversity(probes, dataset_size=n)
             assert 1 <= estimate.lower <= estimate.bound <= estimate.upper
@@ -425,9 +405,7 @@ class TestGain:
         for batch_size, bound in itertools.product((1, 2, 32, 4096), (1.0, 7.5, 1e4)):
             delta = (batch_size - 1) / bound
             assert gain(batch_size, bound) == pytest.approx(batch_size / (1 + delta), rel=1e-13)
-            assert gain(batch_size, bound) == pytest.approx(
-                batch_size * bound / (bound + batch_size - 1), rel=1e-13
-            )
+            assert gain(batch_size, bound) == pytest.approx(batch_size * bound / (bound + batch_size - 1), rel=1e-13)
 
     @pytest.mark.parametrize(
         ("batch_size", "bound", "name"), [(0, 5, "batch_size"), (5, 0.5, "bound"), (5, math.nan, "bound")]

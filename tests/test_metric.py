@@ -182,9 +182,7 @@ class TestAsATorchmetric:
         "device",
         [
             "meta",
-            pytest.param(
-                "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-            ),
+            pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
         ],
     )
     def test_its_state_moves_to_a_device(self, metric, device):

@@ -14,18 +14,14 @@ from lightning_graddiv.diversity import DiversityEstimate, GradientMoments, esti
 from lightning_graddiv.window import ProbeWindow
 
 
-def drawn_probes(
-    bound: float, d: int, size: int, probes: int, rng: np.random.Generator
-) -> list[GradientMoments]:
+def drawn_probes(bound: float, d: int, size: int, probes: int, rng: np.random.Generator) -> list[GradientMoments]:
     """Probes from the exact joint distribution of S1 and S2, without drawing the d components.
 
     |s|^2 / M is noncentral chi-square (d, M |G|^2), and S1 - |s|^2 / M an independent chi-square (d (M - 1)).
     """
     between = rng.noncentral_chisquare(d, size * d / (bound - 1), probes)
     within = rng.chisquare(d * (size - 1), probes)
-    return [
-        GradientMoments(size, float(b + w), float(size * b)) for b, w in zip(between, within, strict=True)
-    ]
+    return [GradientMoments(size, float(b + w), float(size * b)) for b, w in zip(between, within, strict=True)]
 
 
 def gaussian(bound: float, d: int, n: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -118,8 +114,7 @@ def test_coverage_is_nominal_without_replacement(n):
         rows = torch.rand(k, n, generator=generator).argsort(dim=1)[:, :size]
         sums = data[rows].sum(dim=1).square().sum(dim=1)
         probes = [
-            GradientMoments(size, s1, s2)
-            for s1, s2 in zip(norms[rows].sum(dim=1).tolist(), sums.tolist(), strict=True)
+            GradientMoments(size, s1, s2) for s1, s2 in zip(norms[rows].sum(dim=1).tolist(), sums.tolist(), strict=True)
         ]
         hits += covers(estimate_diversity(probes, dataset_size=n), truth)
     assert hits / repeats == pytest.approx(0.9, abs=0.03)
@@ -195,9 +190,7 @@ class TestWhatItIsNot:
         pairs = count * (count - 1) / (world * shard * (shard - 1))
         assert pairs == 9
         assert (within.var() / joint.var()).item() == pytest.approx(pairs, rel=0.12)
-        assert joint.mean().item() == pytest.approx(
-            d / (bound - 1), abs=4 * joint.std().item() / math.sqrt(k)
-        )
+        assert joint.mean().item() == pytest.approx(d / (bound - 1), abs=4 * joint.std().item() / math.sqrt(k))
 
 
 class TestAfterAChange:
@@ -217,9 +210,7 @@ class TestAfterAChange:
 
     def coverage(self, old: float, new: float, probes: int, batch: int) -> float:
         rng = np.random.default_rng(0)
-        windows = [
-            self.window_after(new, rng, probes=probes, old=old, batch=batch) for _ in range(self.seeds)
-        ]
+        windows = (self.window_after(old, new, probes, batch, rng) for _ in range(self.seeds))
         return sum(covers(window.estimate(), new) for window in windows) / self.seeds
 
     @pytest.mark.parametrize(("old", "new"), [(50, 500), (500, 50)], ids=["up", "down"])

@@ -19,9 +19,7 @@ def numbers(window: ProbeWindow) -> list[int]:
     return [int(p.sum_sq_norms - 32) for p in window.probes]
 
 
-def filled(
-    count: int, size: int = 16, *, learning_rate: float = 0.1, every: int = 100, **kwargs
-) -> ProbeWindow:
+def filled(count: int, size: int = 16, *, learning_rate: float = 0.1, every: int = 100, **kwargs) -> ProbeWindow:
     window = ProbeWindow(size, **kwargs)
     for i in range(count):
         window.append(probe(i), learning_rate=learning_rate, examples_seen=every * i)

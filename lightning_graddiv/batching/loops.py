@@ -8,9 +8,9 @@ workers and re-reads the user's batch size; there is none to change a loader's l
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.data import sized_len
 
 
 class TrainLoaderWatch:
@@ -71,9 +71,7 @@ def is_closing_an_epoch(trainer: Any) -> bool:
 def draws_a_new_epoch(trainer: Any) -> bool:
     """Tell whether the epoch that is about to start will make a new iterator of its loaders."""
     fit_loop = trainer.fit_loop
-    return (
-        trainer.current_epoch > 0 and not fit_loop.restarting and not getattr(fit_loop, "is_resuming", False)
-    )
+    return trainer.current_epoch > 0 and not fit_loop.restarting and not getattr(fit_loop, "is_resuming", False)
 
 
 def refresh_lengths(trainer: Any) -> None:
@@ -85,9 +83,7 @@ def refresh_lengths(trainer: Any) -> None:
     fit_loop = trainer.fit_loop
     combined = fit_loop._combined_loader
     lengths = [_length(loader) for loader in combined.flattened]
-    limits = [
-        _parse_num_batches(RunningStage.TRAINING, length, trainer.limit_train_batches) for length in lengths
-    ]
+    limits = [_parse_num_batches(RunningStage.TRAINING, length, trainer.limit_train_batches) for length in lengths]
     combined.limits = limits
     combined._iterator.limits = limits
     batches = sized_len(combined)

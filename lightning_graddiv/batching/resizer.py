@@ -19,9 +19,9 @@ from lightning_graddiv.batching.sampler import AdaptiveBatchSampler, drawn_batch
 class BatchResizer:
     """Holds a trainer's effective batch size, made of its loader's micro-batch, its accumulation and its processes.
 
-    Loaders are adopted as Lightning has finished them and before it reads their length. A loader with a plain batch sampler
-    gets an :class:`AdaptiveBatchSampler` in its place; any other keeps its micro-batch and grows by accumulation. Only
-    training loaders are touched.
+    Loaders are adopted as Lightning has finished them and before it reads their length. A loader with a plain batch
+    sampler gets an :class:`AdaptiveBatchSampler` in its place; any other keeps its micro-batch and grows by
+    accumulation. Only training loaders are touched.
 
     Args:
         trainer: the trainer, before its loaders are set up.
@@ -67,7 +67,8 @@ class BatchResizer:
         plan = self.base.resized(batch_size, self._micro_batch_limit(single_train_loader(self._trainer)))
         if plan is None:
             raise MisconfigurationException(
-                f"An effective batch of {batch_size} examples cannot be shared equally by {self.base.world_size} processes."
+                f"An effective batch of {batch_size} examples cannot be shared equally by {self.base.world_size} "
+                f"processes."
             )
         self.plan = plan
         self._apply()
@@ -88,9 +89,7 @@ class BatchResizer:
             plain = loader.batch_sampler
             self._adopted.append((loader, plain))
             # In place, because the loader keeps its class, workers and generator; past DataLoader.__setattr__.
-            loader.__dict__["batch_sampler"] = AdaptiveBatchSampler(
-                plain.sampler, plain.batch_size, plain.drop_last
-            )
+            loader.__dict__["batch_sampler"] = AdaptiveBatchSampler(plain.sampler, plain.batch_size, plain.drop_last)
         if not self.is_running:
             self._begin_with(loader)
         self._apply()
@@ -106,8 +105,8 @@ class BatchResizer:
         limit = self._micro_batch_limit(loader)
         if limit < micro_batch_size:
             raise MisconfigurationException(
-                f"Expected argument `max_micro_batch_size` to be at least the loader's batch size of {micro_batch_size} "
-                f"but got {limit}"
+                f"Expected argument `max_micro_batch_size` to be at least the loader's batch size of "
+                f"{micro_batch_size} but got {limit}"
             )
         batch_size = self._batch_size()
         goes_on = None if batch_size is None else self.base.resized(batch_size, limit)

@@ -10,8 +10,8 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 class AdaptiveBatchSampler(Sampler[list[int]]):
     """Draws what ``torch.utils.data.BatchSampler`` draws; ``batch_size`` may be set between two iterations.
 
-    It runs in the main process also when workers load the data, so that a new size needs no message to them. It takes no
-    random numbers of its own: with an unchanged size, training is bit-identical.
+    It runs in the main process also when workers load the data, so that a new size needs no message to them. It takes
+    no random numbers of its own: with an unchanged size, training is bit-identical.
 
     Args:
         sampler: yields indices; its length may be unknown.

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_graddiv.batching.learning_rate import (
@@ -36,15 +36,15 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     """Grow the effective batch size while it stays under the measured batch-size bound.
 
     Measures like :class:`GradientDiversityMonitor`. At the start of each epoch the batch is multiplied by
-    ``growth_factor`` if the policy allows the whole factor: by default while ``B <= delta * lower + 1``, with ``lower`` the
-    lower end of the interval of B_S(w). It never shrinks. The micro-batch grows up to ``max_micro_batch_size``, then
-    gradient accumulation makes up the rest. The learning rate follows by ``scale_lr``, around each optimizer step, so that
-    any learning-rate scheduler goes on as if the batch had not grown. Validation, test and predict loaders, the module and
-    its loader code are not touched.
+    ``growth_factor`` if the policy allows the whole factor: by default while ``B <= delta * lower + 1``, with ``lower``
+    the lower end of the interval of B_S(w). It never shrinks. The micro-batch grows up to ``max_micro_batch_size``,
+    then gradient accumulation makes up the rest. The learning rate follows by ``scale_lr``, around each optimizer step,
+    so that any learning-rate scheduler goes on as if the batch had not grown. Validation, test and predict loaders, the
+    module and its loader code are not touched.
 
     Sizes are *effective*: examples per optimizer step = micro-batch x accumulation x processes. ``max_steps`` and
-    schedulers with ``interval="step"`` count optimizer steps, of which an epoch has fewer after growth; ``limit_train_batches``
-    as an integer counts batches, which hold more examples then.
+    schedulers with ``interval="step"`` count optimizer steps, of which an epoch has fewer after growth;
+    ``limit_train_batches`` as an integer counts batches, which hold more examples then.
 
     Args:
         every_n_steps: see :class:`GradientDiversityMonitor`, as for the next five.
@@ -57,16 +57,16 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         delta: accepted loss of efficiency in ``B <= delta * B_S + 1``. Used where ``policy`` is None.
         policy: ``policy(estimate, run) -> largest effective batch size allowed``. None: ``DiversityBound(delta)``.
         growth_factor: integer of at least 2.
-        max_micro_batch_size: the most examples that one process takes at a time. None: no limit; the loader's own batch size
-            if gradients are accumulated already or the loader's batches cannot be changed.
+        max_micro_batch_size: the most examples that one process takes at a time. None: no limit; the loader's own batch
+            size if gradients are accumulated already or the loader's batches cannot be changed.
         cooldown: measurements after a growth before the next.
         scale_lr: ``"gain"``, ``"linear"``, ``"sqrt"``, None, or ``"auto"``: gain for SGD, its square root for any other
             optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`.
 
     Raises:
         ValueError: an argument out of range.
-        MisconfigurationException: at the start of ``fit``, where the monitor refuses; ``max_batch_size`` below the starting
-            effective batch size; several training loaders, or one that does not tell its batch size; a
+        MisconfigurationException: at the start of ``fit``, where the monitor refuses; ``max_batch_size`` below the
+            starting effective batch size; several training loaders, or one that does not tell its batch size; a
             ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside.
 
     Example::
@@ -161,9 +161,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._epoch_is_open = False
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch_started = time.perf_counter()
 
@@ -177,9 +175,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         else:
             self._moments = self._measured
             self._measured_since_growth += 1
-            self._loss = (
-                float(outputs["loss"]) * trainer.accumulate_grad_batches
-            )  # Lightning has divided by it
+            self._loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning has divided by it
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
@@ -225,15 +221,13 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             self._resizer = None
 
     def _refuse_companions(self, trainer: Trainer) -> None:
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if any(base.__name__ == "GradientAccumulationScheduler" for base in type(callback).__mro__):
                 raise MisconfigurationException(
                     "AdaptiveBatchSize sets `accumulate_grad_batches` itself: remove the GradientAccumulationScheduler."
                 )
             if isinstance(callback, AdaptiveBatchSize) and callback is not self:
-                raise MisconfigurationException(
-                    "Only one AdaptiveBatchSize can resize the batch: remove the others."
-                )
+                raise MisconfigurationException("Only one AdaptiveBatchSize can resize the batch: remove the others.")
 
     def _on_epoch(self, trainer: Trainer) -> None:
         """The loaders are ready and an epoch is about to start."""
@@ -241,20 +235,15 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self.batch_size = resizer.plan.batch_size
         if self.max_batch_size < resizer.base.batch_size:
             raise MisconfigurationException(
-                f"Expected argument `max_batch_size` to be at least the effective batch size that training starts with, "
-                f"{resizer.base.batch_size} ({resizer.base}), but got {self.max_batch_size}"
+                f"Expected argument `max_batch_size` to be at least the effective batch size that training starts "
+                f"with, {resizer.base.batch_size} ({resizer.base}), but got {self.max_batch_size}"
             )
         if resizer.is_running and draws_a_new_epoch(trainer):
             self._decide(trainer)
 
     def _decide(self, trainer: Trainer) -> bool:
         """Grow the batch for the coming epoch if the policy allows the whole factor; tell whether it grew."""
-        if (
-            self._epoch_is_open
-            or is_closing_an_epoch(trainer)
-            or len(self._window) == 0
-            or self.latest is None
-        ):
+        if self._epoch_is_open or is_closing_an_epoch(trainer) or len(self._window) == 0 or self.latest is None:
             return False
         run = self._run_state(trainer)
         allowed = self._allowed(trainer, self.latest, run)
@@ -323,9 +312,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         if self.batch_size > at_most:
             self._said.add("start")
             rank_zero_warn(
-                f"AdaptiveBatchSize: the starting effective batch size of {self.batch_size} is above the {at_most:.4g} that "
-                f"the policy allows even at the upper end of the interval (B_S <= {estimate.upper:.4g}). The batch never "
-                "shrinks: start with a smaller one."
+                f"AdaptiveBatchSize: the starting effective batch size of {self.batch_size} is above the {at_most:.4g} "
+                f"that the policy allows even at the upper end of the interval (B_S <= {estimate.upper:.4g}). The "
+                "batch never shrinks: start with a smaller one."
             )
 
     @override

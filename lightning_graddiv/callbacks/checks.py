@@ -23,6 +23,6 @@ def require_replicated_parameters(strategy: Any, callback: str) -> None:
     is_supported = bool(names & {"SingleDeviceStrategy", "DDPStrategy"})
     if not is_supported or any("DeepSpeed" in name or "XLA" in name for name in names):
         raise MisconfigurationException(
-            f"{callback} supports a single device and DDP, where each process holds whole parameters, but the strategy is "
-            f"`{type(strategy).__name__}`: per-example gradients of sharded parameters would be wrong."
+            f"{callback} supports a single device and DDP, where each process holds whole parameters, but the strategy "
+            f"is `{type(strategy).__name__}`: per-example gradients of sharded parameters would be wrong."
         )

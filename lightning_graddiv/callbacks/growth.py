@@ -58,6 +58,4 @@ class Throughput:
 
     def per_second(self) -> Mapping[int, float]:
         """Return examples per second by effective batch size."""
-        return {
-            size: self._examples[size] / seconds for size, seconds in self._seconds.items() if seconds > 0
-        }
+        return {size: self._examples[size] / seconds for size, seconds in self._seconds.items() if seconds > 0}

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_graddiv.batching.dataset_size import distinct_examples
@@ -39,15 +39,15 @@ _SAME_DATA_EXCESS = 4.0
 class GradientDiversityMonitor(Callback):
     """Measure the batch-size bound B_S(w) of Yin et al. (Definition 5) during training, with a confidence interval.
 
-    Every ``every_n_steps`` optimizer steps, the per-example gradients of that step's first micro-batch are measured on all
-    processes, at the weights and on the very arguments that ``training_step`` receives, before it runs. The estimate pools
-    the last ``window`` measurements. Training is not touched: with the monitor the weights are bit-identical to those
-    without it.
+    Every ``every_n_steps`` optimizer steps, the per-example gradients of that step's first micro-batch are measured on
+    all processes, at the weights and on the very arguments that ``training_step`` receives, before it runs. The
+    estimate pools the last ``window`` measurements. Training is not touched: with the monitor the weights are
+    bit-identical to those without it.
 
     Logged to every logger at the measured step, under ``log_prefix``: ``batch_size_bound``, ``bound_lower``,
-    ``bound_upper``, ``diversity`` (not for a stream), ``noise_scale``, ``grad_sq_norm`` (unbiased |G|^2, may be negative),
-    ``second_moment``, ``batch_size``, ``learning_rate``, ``sample_efficiency`` and ``overhead`` (seconds spent measuring
-    over seconds of training without them). The progress bar shows the bound.
+    ``bound_upper``, ``diversity`` (not for a stream), ``noise_scale``, ``grad_sq_norm`` (unbiased |G|^2, may be
+    negative), ``second_moment``, ``batch_size``, ``learning_rate``, ``sample_efficiency`` and ``overhead`` (seconds
+    spent measuring over seconds of training without them). The progress bar shows the bound.
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next.
@@ -134,8 +134,8 @@ class GradientDiversityMonitor(Callback):
         name = type(self).__name__
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"{name} needs automatic optimization, but `{type(pl_module).__name__}.automatic_optimization` is False: "
-                "its training_step takes optimizer steps itself and cannot be run for measuring."
+                f"{name} needs automatic optimization, but `{type(pl_module).__name__}.automatic_optimization` is "
+                "False: its training_step takes optimizer steps itself and cannot be run for measuring."
             )
         if len(trainer.optimizers) != 1:
             raise MisconfigurationException(
@@ -163,9 +163,7 @@ class GradientDiversityMonitor(Callback):
             self._stopwatch.resume()
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._stepped = False
         opens_a_step = batch_idx % trainer.accumulate_grad_batches == 0
         is_due = (self.optimizer_steps + 1) % self.every_n_steps == 0
@@ -184,9 +182,7 @@ class GradientDiversityMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._disarm()
-        self.examples_seen += (
-            drawn_examples(single_train_loader(trainer), batch_idx) or 0
-        ) * trainer.world_size
+        self.examples_seen += (drawn_examples(single_train_loader(trainer), batch_idx) or 0) * trainer.world_size
         self.optimizer_steps += self._stepped
         moments, self._measured = self._measured, None
         if moments is not None and self.latest is not None:
@@ -263,9 +259,7 @@ class GradientDiversityMonitor(Callback):
         try:
             parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
             loss = StepLoss(pl_module, step_args=args[1:], parameters=parameters)
-            sums = self._engine.measure(
-                loss, args[0], at_most=drawn_batch_size(single_train_loader(trainer))
-            ).sums()
+            sums = self._engine.measure(loss, args[0], at_most=drawn_batch_size(single_train_loader(trainer))).sums()
             sums.moments()  # refuses what is not finite before other processes count on it
         except Exception as error:  # measuring must never end a training run
             return None, error
@@ -292,25 +286,21 @@ class GradientDiversityMonitor(Callback):
         if "ranks" not in self._said and between_rank_excess(self._window.probes) > _SAME_DATA_EXCESS:
             self._said.add("ranks")
             rank_zero_warn(
-                f"{type(self).__name__}: the processes see the same examples (gradients of different processes are more "
-                "alike than those within one), so B_S comes out wrong. Let Lightning inject a DistributedSampler "
+                f"{type(self).__name__}: the processes see the same examples (gradients of different processes are "
+                "more alike than those within one), so B_S comes out wrong. Let Lightning inject a DistributedSampler "
                 "(use_distributed_sampler=True), or shard the data by process."
             )
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, estimate: DiversityEstimate) -> None:
         if trainer.barebones:
             return
-        metrics = {
-            f"{self.log_prefix}/{name}": value for name, value in self._metrics(trainer, estimate).items()
-        }
+        metrics = {f"{self.log_prefix}/{name}": value for name, value in self._metrics(trainer, estimate).items()}
         # self.log reaches loggers only every log_every_n_steps, and then repeats stale values.
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self._measured_step)
         shown = f"{self.log_prefix}/batch_size_bound"
         for name, value in metrics.items():
-            pl_module.log(
-                name, value, prog_bar=name == shown, logger=False, on_step=True, on_epoch=False, batch_size=1
-            )
+            pl_module.log(name, value, prog_bar=name == shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def _metrics(self, trainer: Trainer, estimate: DiversityEstimate) -> Mapping[str, float]:
         batch_size = self._effective_batch_size(trainer)

@@ -50,8 +50,8 @@ def count_examples(batch: Any, at_most: int | None = None) -> int:
     if len(set(sizes)) == 1 and sizes[0] < at_most:
         return sizes[0]
     raise MeasurementError(
-        f"The loader draws {at_most} examples for a batch, but the batch's tensors have {sorted(set(sizes))} rows: rows "
-        "are not examples here, so the batch cannot be split into examples.",
+        f"The loader draws {at_most} examples for a batch, but the batch's tensors have {sorted(set(sizes))} rows: "
+        "rows are not examples here, so the batch cannot be split into examples.",
         lasting=True,
     )
 

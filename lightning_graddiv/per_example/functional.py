@@ -67,11 +67,7 @@ def differentiate(loss: StepLoss, batch: Any) -> list[Tensor]:
         raise MeasurementError("The loss is not finite, so this measurement was dropped.")
     gradients = torch.autograd.grad(value, loss.parameters, allow_unused=True)
     return [
-        torch.zeros_like(parameter)
-        if gradient is None
-        else gradient.to_dense()
-        if gradient.is_sparse
-        else gradient
+        torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
         for parameter, gradient in zip(loss.parameters, gradients, strict=True)
     ]
 
@@ -100,9 +96,7 @@ def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGr
     running: list[Tensor] | None = None
     for leaves in rows.chunks(_chunk_size(values)):
         gradients, losses = _transformed(per_example, values, leaves)
-        if not bool(
-            torch.isfinite(losses).all()
-        ):  # the loop tells whether the loss is, or uses a metric's value
+        if not bool(torch.isfinite(losses).all()):  # the loop tells whether the loss is, or uses a metric's value
             raise FunctionalEngineError("the loss is not finite under torch.func.vmap")
         gradients = [gradient.detach() for gradient in gradients]
         norms.append(sum_of_squares(gradients, per_row=True))
@@ -121,9 +115,7 @@ class _ExampleRows:
         self.in_dims = [0 if mapped else None for mapped in self._mapped]
 
     def batch_of_one(self, leaves: Sequence[Tensor]) -> Any:
-        rows = [
-            leaf.unsqueeze(0) if mapped else leaf for leaf, mapped in zip(leaves, self._mapped, strict=True)
-        ]
+        rows = [leaf.unsqueeze(0) if mapped else leaf for leaf, mapped in zip(leaves, self._mapped, strict=True)]
         return replace_leaves(self._batch, rows)
 
     def chunks(self, size: int) -> Iterator[list[Tensor]]:

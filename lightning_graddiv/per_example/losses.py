@@ -97,14 +97,14 @@ def _trainable(module: nn.Module, wanted: Sequence[nn.Parameter] | None) -> list
         chosen = {id(parameter) for parameter in wanted if parameter.requires_grad}
         if strangers := chosen - {id(parameter) for parameter in parameters}:
             raise MeasurementError(
-                f"{len(strangers)} of the optimizer's parameters are not parameters of `{type(module).__name__}`, so their "
-                "gradients cannot be measured. Register them in the module.",
+                f"{len(strangers)} of the optimizer's parameters are not parameters of `{type(module).__name__}`, so "
+                "their gradients cannot be measured. Register them in the module.",
                 lasting=True,
             )
         parameters = [parameter for parameter in parameters if id(parameter) in chosen]
     if not parameters:
         raise MeasurementError(
-            f"`{type(module).__name__}` has no trainable parameters (that the optimizer holds), so it has no gradients.",
+            f"`{type(module).__name__}` has no trainable parameters that the optimizer holds: there is no gradient.",
             lasting=True,
         )
     if any(hasattr(parameter, "device_mesh") for parameter in parameters):
@@ -134,12 +134,12 @@ def _training_step_loss(module: nn.Module, step_args: tuple[Any, ...] | None) ->
         )
     if not module.automatic_optimization:
         raise MeasurementError(
-            f"`{type(module).__name__}` uses manual optimization: its training_step takes optimizer steps, so it has no "
-            "loss that could be measured. Pass `loss_fn`, or use automatic optimization.",
+            f"`{type(module).__name__}` uses manual optimization: its training_step takes optimizer steps, so it "
+            "has no loss that could be measured. Pass `loss_fn`, or use automatic optimization.",
             lasting=True,
         )
     arguments = _default_step_args(module) if step_args is None else step_args
-    return lambda shadow, batch: shadow.training_step(batch, *arguments)  # type: ignore[operator, no-any-return]
+    return lambda shadow, batch: shadow.training_step(batch, *arguments)  # type: ignore[operator]
 
 
 def _default_step_args(module: nn.Module) -> tuple[Any, ...]:
@@ -153,8 +153,6 @@ def _default_step_args(module: nn.Module) -> tuple[Any, ...]:
 def _scalar(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = (
-            f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
-        )
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
         raise MeasurementError(f"The training step returned {found} where a scalar loss was expected.")
     return loss.reshape(())

@@ -1,7 +1,7 @@
 """Training steps without their noise: dropout keeps everything and random tensors are constants.
 
-Whether a batch can be split into examples shows only when the same step is compared on the whole batch and on its parts,
-and noise of different shapes would hide it.
+Whether a batch can be split into examples shows only when the same step is compared on the whole batch and on its
+parts, and noise of different shapes would hide it.
 """
 
 import random
@@ -39,15 +39,15 @@ def noise_off() -> Iterator[Noise]:
 
 
 def _state_outside_torch() -> tuple[Any, ...]:
-    _, keys, position, *rest = np.random.get_state()
-    return random.getstate(), keys.tobytes(), position, rest
+    numpy_state: Any = np.random.get_state()
+    return random.getstate(), *(part if np.isscalar(part) else part.tobytes() for part in numpy_state)
 
 
-class _NoiseOff(TorchDispatchMode):
+class _NoiseOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator below autograd and vmap, so that noise inside fused layers is found too."""
 
     def __init__(self, noise: Noise) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._noise = noise
 
     def __torch_dispatch__(
@@ -59,8 +59,8 @@ class _NoiseOff(TorchDispatchMode):
     ) -> Any:
         if func.namespace in {"c10d", "_c10d_functional"}:
             raise MeasurementError(
-                f"The training step calls a collective ({func}), so its loss couples the ranks: it cannot be split into "
-                "examples.",
+                f"The training step calls a collective ({func}), so its loss couples the ranks: it cannot be split "
+                "into examples.",
                 lasting=True,
             )
         kwargs = dict(kwargs or {})
@@ -71,9 +71,7 @@ class _NoiseOff(TorchDispatchMode):
     def _without_noise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operator = func._schema.name.removeprefix("aten::")
         dropout = next((name for name in ("dropout_p", "p") if name in _argument_names(func)), None)
-        if dropout is not None and not operator.startswith(
-            "bernoulli"
-        ):  # dropout, alone or in attention: keep all
+        if dropout is not None and not operator.startswith("bernoulli"):  # dropout, alone or in attention: keep all
             given = dict(zip(_argument_names(func), args, strict=False)) | kwargs
             self._noise.drawn |= bool(given.get(dropout, 0.0))
             return func(**given | {dropout: 0.0})

@@ -87,9 +87,7 @@ class PerExampleEngine:
         except FunctionalEngineError as error:
             return self._fall_back(loss, batch, total, error)
 
-    def _fall_back(
-        self, loss: StepLoss, batch: Any, total: int, error: FunctionalEngineError
-    ) -> PerExampleGradients:
+    def _fall_back(self, loss: StepLoss, batch: Any, total: int, error: FunctionalEngineError) -> PerExampleGradients:
         name = type(loss.module).__name__
         if not self._falls_back:
             raise MeasurementError(

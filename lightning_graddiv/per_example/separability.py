@@ -53,9 +53,7 @@ def check_separable(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) ->
     return Sample(together, len(examples), sum_of_squares([alone], per_row=True))
 
 
-def check_engine(
-    engine: Callable[[StepLoss, Any, int], PerExampleGradients], loss: StepLoss, sample: Sample
-) -> None:
+def check_engine(engine: Callable[[StepLoss, Any, int], PerExampleGradients], loss: StepLoss, sample: Sample) -> None:
     """Check an engine against the plain loop on the sample, noise off.
 
     Raises:
@@ -151,9 +149,9 @@ _MIXED_OR_WEIGHTED = (
 def _weighted(weights: Tensor) -> str:
     shares = ", ".join(f"{share:.3f}" for share in (weights / weights.sum()).tolist())
     return (
-        f"The loss weighs the examples of a batch by their content (shares {shares} of the batch's gradient), as a mean "
-        "over the tokens of padded sequences or class weights do. The engines `functional` and `loop` measure each "
-        "example alone and cannot weight them. Average within each example first, then over examples."
+        f"The loss weighs the examples of a batch by their content (shares {shares} of the batch's gradient), as a "
+        "mean over the tokens of padded sequences or class weights do. The engines `functional` and `loop` measure "
+        "each example alone and cannot weight them. Average within each example first, then over examples."
     )
 
 

@@ -1,9 +1,9 @@
 """A shadow of a module: the same parameters, its own copy of everything else that a forward pass can change.
 
-Measuring calls ``training_step`` more often than training does. Whatever that call leaves behind (batch-norm statistics,
-counters, growing lists, cached masks, metric states, tensors that belong to a dead ``torch.func`` transform) is left on a
-shadow, which is thrown away. The user's module is neither called nor written to, so there is nothing to put back, also
-when the call raises.
+Measuring calls ``training_step`` more often than training does. Whatever that call leaves behind (batch-norm
+statistics, counters, growing lists, cached masks, metric states, tensors that belong to a dead ``torch.func``
+transform) is left on a shadow, which is thrown away. The user's module is neither called nor written to, so there is
+nothing to put back, also when the call raises.
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_graddiv.errors import MeasurementError
@@ -93,9 +93,7 @@ class _Copier:
             return self._remember(value, value.clone_state())
         if isinstance(value, (*_RANDOM_STATES, np.ndarray)):
             return self._remember(value, copy.deepcopy(value))
-        if isinstance(value, SimpleNamespace) or (
-            dataclasses.is_dataclass(value) and not isinstance(value, type)
-        ):
+        if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
             return self._plain_object(value)
         return value
 
@@ -115,10 +113,8 @@ class _Copier:
         return stand_in
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, UninitializedTensorMixin):
-            raise MeasurementError(
-                "A lazy parameter has no shape yet: run one forward pass before measuring."
-            )
+        if is_lazy(tensor):
+            raise MeasurementError("A lazy parameter has no shape yet: run one forward pass before measuring.")
         if (tensor.requires_grad and tensor.is_leaf) or isinstance(tensor, nn.Parameter):
             return tensor
         return self._remember(tensor, tensor.detach().clone())  # type: ignore[no-any-return]
@@ -158,9 +154,7 @@ class _Copier:
 
     def _plain_object(self, value: Any) -> Any:
         stand_in = self._remember(value, copy.copy(value))
-        names = (
-            vars(value) if hasattr(value, "__dict__") else [field.name for field in dataclasses.fields(value)]
-        )
+        names = vars(value) if hasattr(value, "__dict__") else [field.name for field in dataclasses.fields(value)]
         for name in names:
             object.__setattr__(stand_in, name, self(getattr(value, name)))
         return stand_in
@@ -176,9 +170,7 @@ def _undo_compile(module: nn.Module) -> None:
     """Make the shadow run eagerly: compiled callables are bound to the module that was compiled."""
     attributes = module.__dict__
     attributes["_compiled_call_impl"] = None
-    if (
-        attributes.pop("_compiler_ctx", None) is not None
-    ):  # torch.compile(LightningModule), as Lightning unwraps it
+    if attributes.pop("_compiler_ctx", None) is not None:  # torch.compile(LightningModule), as Lightning unwraps it
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             attributes.pop(name, None)
 
@@ -196,10 +188,7 @@ def _isolate_metric(metric: Metric, *, unknown: bool) -> None:
 
 
 def _silence(module: nn.Module) -> None:
-    refused = {
-        name: _refusal(name)
-        for name in ("all_gather", "manual_backward", "toggle_optimizer", "clip_gradients")
-    }
+    refused = {name: _refusal(name) for name in ("all_gather", "manual_backward", "toggle_optimizer", "clip_gradients")}
     module.__dict__.update(log=_do_nothing, log_dict=_do_nothing, print=_do_nothing, **refused)
 
 
