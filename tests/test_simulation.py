@@ -66,7 +66,7 @@ def test_each_probe_tells_as_little_as_the_precision_formula_says():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_so_do_gradients_that_are_really_drawn(seed):
-    parts = (gaussian(500, 20_000, 32, 200 * seed + i, torch.float32) for i in range(200))
+    parts = (gaussian(500, 20_000, 32, 1000 * seed + i, torch.float32) for i in range(200))
     probes = [GradientMoments.from_gradients(part) for part in parts]
     assert estimate_diversity(probes).bound == pytest.approx(500, rel=0.05)
 

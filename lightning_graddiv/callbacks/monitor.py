@@ -272,14 +272,14 @@ class GradientDiversityMonitor(Callback):
             reason = str(refusal)
         else:
             reason = f"{type(refusal).__name__}: {refusal}"
-        if self._refusals >= _LASTING_REFUSALS:
-            reason += " Measuring is now off for this fit, because the reason lies in the model or its loss."
         key = reason[:60]  # the same reason with other numbers is said once
+        if self._refusals >= _LASTING_REFUSALS:
+            key = "off"
+            reason += " Measuring is now off for this fit, because the reason lies in the model or its loss."
         if key not in self._said:
             self._said.add(key)
             warnings.warn(
-                f"{type(self).__name__} dropped the measurement at step {trainer.global_step}: {reason}",
-                stacklevel=2,
+                f"{type(self).__name__} dropped the measurement at step {trainer.global_step}: {reason}", stacklevel=2
             )
 
     def _check_ranks(self) -> None:

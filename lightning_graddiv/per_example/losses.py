@@ -1,14 +1,15 @@
 """The loss of an unmodified module as a pure function of its parameters and a batch."""
 
 import inspect
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -78,7 +79,7 @@ def measuring(module: nn.Module) -> Iterator[None]:
     trainer = getattr(module, "_trainer", None)
     devices = {"cpu", *(parameter.device.type for parameter in module.parameters())}
     with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
+        stack.enter_context(_random_states_put_back())
         stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
@@ -89,6 +90,19 @@ def measuring(module: nn.Module) -> Iterator[None]:
             trainer.loggers = [DummyLogger() for _ in loggers]
             stack.callback(setattr, trainer, "loggers", loggers)
         yield
+
+
+@contextmanager
+def _random_states_put_back() -> Iterator[None]:
+    """Put back every global random state, also after an exception (which Lightning's ``isolate_rng`` does not)."""
+    states: tuple[Any, Any] = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _trainable(module: nn.Module, wanted: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:

@@ -35,7 +35,8 @@ class PerExampleEngine:
     """Measures batch after batch with one engine, checking it the first time and ever more rarely after that.
 
     ``auto`` is ``functional`` until that fails on this module, then ``loop``, with one warning. The checks run at
-    measurements 1, 2, 4, 8, ... and at every 64th, because the next batch may be padded where the first was not.
+    the first measurement, after 1, 2, 4, 8, ... and every 64, because the next batch may be padded where the first was
+    not, and again until they pass.
 
     Args:
         engine: ``"auto"``, ``"functional"`` or ``"loop"``.
@@ -46,7 +47,8 @@ class PerExampleEngine:
         self._falls_back = check_engine_name(engine) == "auto"
         self._engine: Engine = functional_gradients if self._falls_back else ENGINES[engine]
         self._max_examples = max_examples
-        self._calls = 0
+        self._measured = 0
+        self._is_trusted = False
 
     def measure(self, loss: StepLoss, batch: Any, *, at_most: int | None = None) -> PerExampleGradients:
         """Return the squared norms and the sum of the batch's per-example gradients.
@@ -63,14 +65,18 @@ class PerExampleEngine:
         if self._max_examples is not None and total > self._max_examples:
             examples = [i * total // self._max_examples for i in range(self._max_examples)]
             batch, total = select(batch, examples, total), self._max_examples
-        self._calls += 1
         with measuring(loss.module):
-            if total > 1 and _is_check_due(self._calls):
-                return self._checked(loss, batch, total)
-            return self._measure(loss, batch, total)
+            if total > 1 and (not self._is_trusted or _is_check_due(self._measured)):
+                self._is_trusted = False  # until this check has passed
+                measured = self._checked(loss, batch, total)
+                self._is_trusted = True
+            else:
+                measured = self._measure(loss, batch, total)
+        self._measured += 1
+        return measured
 
     def _checked(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
-        sample = check_separable(loss, batch, total, seed=self._calls)
+        sample = check_separable(loss, batch, total, seed=self._measured)
         if self._engine is functional_gradients:
             try:
                 check_engine(functional_gradients, loss, sample)
@@ -104,8 +110,8 @@ class PerExampleEngine:
         return measured
 
 
-def _is_check_due(calls: int) -> bool:
-    return calls & (calls - 1) == 0 or calls % 64 == 0
+def _is_check_due(measured: int) -> bool:
+    return measured & (measured - 1) == 0 or measured % 64 == 0
 
 
 def per_example_squared_norms(
