@@ -43,6 +43,13 @@ def pool_over_ranks(
     return GradientMoments(total, total_sq_norms, joint.sq_norm_of_sum, group_sq_norms, group_sq_counts), False
 
 
+def agreed_over_ranks(value: int | None, device: torch.device) -> int | None:
+    """Return the value if every process has the same, else None."""
+    number = -1.0 if value is None else float(value)
+    smallest, largest = smallest_over_ranks(number, device), -smallest_over_ranks(-number, device)
+    return value if smallest == largest else None
+
+
 def smallest_over_ranks(value: float, device: torch.device) -> float:
     """Return the smallest value of any process, so that all of them decide alike."""
     if world_size() == 1:

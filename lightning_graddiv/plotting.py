@@ -5,15 +5,16 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; line styles tell runs apart in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLES = ("-", "--", "-.", ":")
-_BATCH_COLOUR, _BOUND_COLOUR = _COLOURS[:2]
+_BATCH_COLOUR, _BOUND_COLOUR = "#0072B2", "#D55E00"
+_RUN_COLOURS = (_BATCH_COLOUR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_RUN_STYLES = ("-", "--", "-.", ":")
+_LEGEND: Any = {"loc": "lower right", "frameon": True, "framealpha": 0.9, "edgecolor": "none"}
 
 # In place of infinity, which cannot be drawn: far above the top of any axis of batch sizes.
 _BEYOND = 1e30
@@ -105,10 +106,10 @@ def plot_batch_size(metrics: Metrics, *, ax: "Axes | None" = None, log_prefix: s
     ax.set_yscale("log", base=2)
     ax.set_ylim(min(batch.values) / 2, _top(batch.values, bound.values))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _dress(ax, title="The batch grows under its bound", ylabel="examples per optimizer step")
+    _dress(ax, title="Batch size, and the bound that it grows under", ylabel="examples per optimizer step")
     ax.set_xlim(0, end)
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], loc="lower right", frameon=False)  # top to bottom as they lie
+    ax.legend(handles[::-1], labels[::-1], **_LEGEND)  # top to bottom as they lie
     return ax
 
 
@@ -132,13 +133,13 @@ def plot_accuracy(runs: Mapping[str, Metrics], *, name: str = "val_accuracy", ax
     curves = {label: _series(metrics, name) for label, metrics in runs.items()}
     ax = _axes(ax)
     for i, (label, curve) in enumerate(curves.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
-        ax.plot(*curve, color=colour, linestyle=_STYLES[i % len(_STYLES)], linewidth=2, label=label)
+        colour = _RUN_COLOURS[i % len(_RUN_COLOURS)]
+        ax.plot(*curve, color=colour, linestyle=_RUN_STYLES[i % len(_RUN_STYLES)], linewidth=2, label=label)
         ax.plot(curve.steps[-1], curve.values[-1], "o", color=colour, markersize=6, zorder=4)
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-    _dress(ax, title="Accuracy against optimizer steps", ylabel="test accuracy")
+    _dress(ax, title="Accuracy against optimizer steps", ylabel="accuracy")
     ax.set_xlim(left=0)
-    ax.legend(loc="lower right", frameon=False)
+    ax.legend(**_LEGEND)
     return ax
 
 

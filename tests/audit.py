@@ -1,7 +1,8 @@
 """The audit device: after a backward pass, `w.grad[i]` is the weight with which example i entered the optimizer step.
 
-Example i is the one-hot vector e_i and the loss is mean(x @ w), so every error of bookkeeping shows: an example that is in
-no step, or in two, or with the wrong weight. Its gradients are orthogonal, so B_S is the number of distinct examples.
+Example i is the one-hot vector e_i and the loss is mean(x @ w), so every error of bookkeeping shows: an example that is
+in no step, or in two, or with the wrong weight. The gradients are orthogonal, so B_S is the number of distinct
+examples.
 """
 
 import re

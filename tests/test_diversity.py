@@ -276,21 +276,24 @@ class TestInterval:
         estimate = estimate_diversity([GradientMoments(8, 0.0, 0.0)] * 7 + [GradientMoments(8, 8.0, 16.0)])
         assert (estimate.lower, estimate.upper) == (1, math.inf)
 
-    def test_one_probe_that_dwarfs_the_others_does_not_wash_their_spread_out(self):
-        small = probes_of(gaussian(80, 6), 10)
-        estimate = estimate_diversity([*small, GradientMoments(10, 1e30, 5e30)])
-        assert estimate.upper > 1.5 * estimate.bound  # leaving it out changes everything: the interval says so
+    def test_one_probe_that_dwarfs_the_others_does_not_wash_them_out(self):
+        probes = [*probes_of(gaussian(80, 6), 10), GradientMoments(10, 1e17, 5e17)]
+        k = len(probes)
+        deleted = np.array([estimate_diversity(probes[:j] + probes[j + 1 :]).rho for j in range(k)])
+        se = math.sqrt((k - 1) / k * ((deleted - deleted.mean()) ** 2).sum())
+        estimate = estimate_diversity(probes, confidence=0.3)
+        expected = 1 / (estimate.rho + stats.t.ppf(0.65, k - 1) * se)
+        assert estimate.lower == pytest.approx(expected, rel=1e-9)
 
     def test_the_bound_lies_within(self):
         rng = np.random.default_rng(3)
         for _ in range(300):
             k, n = int(rng.integers(1, 9)), rng.choice([None, 1, 2, 50, 10**6])
-            probes = [
-                GradientMoments(m, s, s * m * u)
-                for m, s, u in zip(rng.uniform(1.01, 50, k), rng.lognormal(0, 3, k), rng.uniform(0, 1, k), strict=True)
-            ]
-            estimate = estimate_diversity(probes, dataset_size=n)
-            assert 1 <= estimate.lower <= estimate.bound <= estimate.upper
+            counts, norms, unity = rng.uniform(1.01, 50, k), rng.lognormal(0, 3, k), rng.uniform(0, 1, k)
+            probes = [GradientMoments(m, s1, s1 * m * u) for m, s1, u in zip(counts, norms, unity, strict=True)]
+            for window in (probes, probes[:1] * 6):  # equal probes: the interval is as narrow as rounding
+                estimate = estimate_diversity(window, dataset_size=n)
+                assert 1 <= estimate.lower <= estimate.bound <= estimate.upper
 
     def test_equal_probes_give_an_interval_without_width(self):
         estimate = estimate_diversity([GradientMoments(8, 8.0, 16.0)] * 6)
@@ -384,8 +387,9 @@ class TestRanksAsACheck:
         assert between_rank_excess([below] * 5) == -math.inf
 
     def test_rounding_is_no_evidence(self):
-        shards = torch.full((4, 8, 20), 0.1, dtype=torch.float64)
-        assert between_rank_excess([self.grouped(shards * (1 + 0.1 * i)) for i in range(8)]) == 0
+        gradients = gaussian(8, 20)  # one gradient a probe, the same for all its examples on all ranks
+        probes = [self.grouped(gradient.expand(4, 8, 20)) for gradient in gradients]
+        assert between_rank_excess(probes) == 0
 
 
 class TestGain:

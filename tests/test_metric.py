@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from datetime import timedelta
 
 import pytest
 import torch
@@ -205,8 +206,9 @@ class TestAsATorchmetric:
 
     def test_it_holds_no_graph(self, metric):
         metric.reset()
-        metric(gradients()[:10].requires_grad_())
-        metric.update(GradientSums(1.0, 1.0, torch.ones(D, requires_grad=True)))
+        values = [metric(gradients()[:10].requires_grad_())]
+        values.append(metric(GradientSums(2.0, 1.0, torch.ones(D, requires_grad=True))))
+        assert not any(value.requires_grad for value in values)
         assert not any(state.requires_grad for state in metric.metric_state.values())
 
     def test_it_plots_a_value_and_a_series(self, metric):
@@ -257,7 +259,8 @@ def value_of(metric):
 
 
 def two_process_worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    store, limit = f"file://{folder}/store", timedelta(seconds=30)  # a mismatch must fail, not hang
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
     recorder, results = Recorder(), {}
 
     def run(name, metric, shard):

@@ -17,6 +17,8 @@ def distinct_examples(loader: Any, batches: float, processes: int) -> int | None
     """
     if not is_adaptable(loader) or isinstance(loader.dataset, IterableDataset):
         return None
+    if processes > 1 and not isinstance(loader.batch_sampler.sampler, DistributedSampler):
+        return None  # shared out by hand: whether the processes' data sets are parts or copies cannot be known
     sampler = _innermost(loader.batch_sampler.sampler)
     total = len(loader.dataset)
     if type(sampler) is RandomSampler:

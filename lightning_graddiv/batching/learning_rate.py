@@ -43,6 +43,11 @@ def learning_rate_factor(
     return ratio if rule == "gain" or isinstance(optimizer, (SGD, ASGD)) else ratio**0.5
 
 
+def largest_learning_rate(optimizer: Optimizer) -> float:
+    """Return the largest learning rate of any parameter group."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
 class LearningRateScale:
     """Multiplies an optimizer's learning rates while it steps, and only then, so that no scheduler sees the factor.
 

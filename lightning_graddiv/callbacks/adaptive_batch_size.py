@@ -1,6 +1,5 @@
 """The callback that lets the batch grow as far as gradient diversity allows."""
 
-import dataclasses
 import math
 import time
 from typing import Any
@@ -14,6 +13,7 @@ from lightning_graddiv.batching.learning_rate import (
     RULES,
     LearningRateRule,
     LearningRateScale,
+    largest_learning_rate,
     learning_rate_factor,
 )
 from lightning_graddiv.batching.loops import (
@@ -247,7 +247,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             return False
         run = self._run_state(trainer)
         allowed = self._allowed(trainer, self.latest, run)
-        self._warn_of_a_start_too_large(self.latest, run)
+        self._warn_of_a_start_too_large(self.latest)
         target = self.batch_size * self.growth_factor
         is_cool = not self.history or self._measured_since_growth >= self.cooldown
         if not (is_cool and target <= allowed and target <= self.max_batch_size):
@@ -296,7 +296,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     def _run_state(self, trainer: Trainer) -> RunState:
         return RunState(
             batch_size=self.batch_size,
-            learning_rate=self._learning_rate(trainer),
+            learning_rate=largest_learning_rate(trainer.optimizers[0]) * self._scale.factor,
             loss=self._loss,
             throughput=self._throughput.per_second(),
             moments=self._moments,
@@ -305,12 +305,11 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             epoch=trainer.current_epoch,
         )
 
-    def _warn_of_a_start_too_large(self, estimate: DiversityEstimate, run: RunState) -> None:
-        if self.history or math.isinf(estimate.upper) or "start" in self._said:
+    def _warn_of_a_start_too_large(self, estimate: DiversityEstimate) -> None:
+        if self.history or not isinstance(self.policy, DiversityBound):
             return
-        at_most = float(self.policy(dataclasses.replace(estimate, lower=estimate.upper), run))
-        if self.batch_size > at_most:
-            self._said.add("start")
+        at_most = self.policy.delta * estimate.upper + 1
+        if self.batch_size > at_most and self._refusals.is_new("start"):
             rank_zero_warn(
                 f"AdaptiveBatchSize: the starting effective batch size of {self.batch_size} is above the {at_most:.4g} "
                 f"that the policy allows even at the upper end of the interval (B_S <= {estimate.upper:.4g}). The "
@@ -322,8 +321,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         return self.batch_size
 
     @override
-    def _learning_rate(self, trainer: Trainer) -> float:
-        return super()._learning_rate(trainer) * self._scale.factor
+    def _learning_rate_factor(self) -> float:
+        return self._scale.factor
 
     def _running(self) -> BatchResizer:
         if self._resizer is None:

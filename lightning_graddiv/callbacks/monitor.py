@@ -1,6 +1,5 @@
 """The callback that measures gradient diversity while a model trains."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +9,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_graddiv.batching.dataset_size import distinct_examples
+from lightning_graddiv.batching.learning_rate import largest_learning_rate
 from lightning_graddiv.batching.loops import single_train_loader
 from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
 from lightning_graddiv.callbacks.checks import require, require_replicated_parameters
+from lightning_graddiv.callbacks.refusals import Refusals
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
 from lightning_graddiv.callbacks.tap import TrainingStepTap
-from lightning_graddiv.distributed import pool_over_ranks
+from lightning_graddiv.distributed import agreed_over_ranks, pool_over_ranks
 from lightning_graddiv.diversity import (
     MIN_PROBES_FOR_INTERVAL,
     DiversityEstimate,
@@ -28,9 +29,6 @@ from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.select import PerExampleEngine
 from lightning_graddiv.window import ProbeWindow
-
-_LASTING_REFUSALS = 3
-"""So many refusals in a row that lie in the model switch measuring off."""
 
 _SAME_DATA_EXCESS = 4.0
 """Standard errors between the two estimates of |G|^2 above which ranks must be seeing the same examples."""
@@ -107,9 +105,9 @@ class GradientDiversityMonitor(Callback):
         self._engine = PerExampleEngine(self.engine, self.max_examples)
         self._measured: GradientMoments | None = None
         self._measured_step = 0
+        self._measured_learning_rate = 0.0
         self._stepped = False
-        self._refusals = 0
-        self._said: set[str] = set()
+        self._refusals = Refusals()
 
     @property
     @override
@@ -146,7 +144,9 @@ class GradientDiversityMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = single_train_loader(trainer)
-        self._dataset_size = distinct_examples(loader, trainer.num_training_batches, trainer.world_size)
+        self._dataset_size = agreed_over_ranks(
+            distinct_examples(loader, trainer.num_training_batches, trainer.world_size), trainer.strategy.root_device
+        )
         self._window.max_age_examples = float(self._dataset_size or "inf")
         if len(self._window) > 0:
             self.latest = self._window.estimate(self._dataset_size, self.confidence)
@@ -167,8 +167,8 @@ class GradientDiversityMonitor(Callback):
         self._stepped = False
         opens_a_step = batch_idx % trainer.accumulate_grad_batches == 0
         is_due = (self.optimizer_steps + 1) % self.every_n_steps == 0
-        if opens_a_step and is_due and self._refusals < _LASTING_REFUSALS:
-            learning_rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
+        if opens_a_step and is_due and not self._refusals.is_final:
+            learning_rate = largest_learning_rate(trainer.optimizers[0])
             self._tap = TrainingStepTap(
                 trainer.strategy, lambda args: self._measure(trainer, pl_module, args, learning_rate)
             )
@@ -235,7 +235,7 @@ class GradientDiversityMonitor(Callback):
             sums, refusal = self._measure_here(trainer, pl_module, args)
             lasting = isinstance(refusal, MeasurementError) and refusal.lasting
             moments, lasting = pool_over_ranks(sums, trainer.strategy.root_device, lasting=lasting)
-            self._refusals = self._refusals + 1 if lasting else 0
+            self._refusals.count(lasting=lasting)
             if moments is not None and (moments.count < 2 or moments.sum_sq_norms == 0):
                 refusal = MeasurementError(
                     "The batch holds one example, and diversity is about pairs: use a larger batch."
@@ -244,11 +244,12 @@ class GradientDiversityMonitor(Callback):
                 )
                 moments = None
             if moments is None:
-                self._say_refused(trainer, refusal)
+                self._refusals.say(type(self).__name__, trainer.global_step, refusal)
                 return
             self.measurements += 1
             self._measured = moments
             self._measured_step = trainer.global_step
+            self._measured_learning_rate = learning_rate
             self._window.append(moments, learning_rate=learning_rate, examples_seen=self.examples_seen)
             self.latest = self._window.estimate(self._dataset_size, self.confidence)
             self._check_ranks()
@@ -265,26 +266,8 @@ class GradientDiversityMonitor(Callback):
             return None, error
         return sums, None
 
-    def _say_refused(self, trainer: Trainer, refusal: Exception | None) -> None:
-        if refusal is None:
-            reason = "Another process could not measure."
-        elif isinstance(refusal, MeasurementError):
-            reason = str(refusal)
-        else:
-            reason = f"{type(refusal).__name__}: {refusal}"
-        key = reason[:60]  # the same reason with other numbers is said once
-        if self._refusals >= _LASTING_REFUSALS:
-            key = "off"
-            reason += " Measuring is now off for this fit, because the reason lies in the model or its loss."
-        if key not in self._said:
-            self._said.add(key)
-            warnings.warn(
-                f"{type(self).__name__} dropped the measurement at step {trainer.global_step}: {reason}", stacklevel=2
-            )
-
     def _check_ranks(self) -> None:
-        if "ranks" not in self._said and between_rank_excess(self._window.probes) > _SAME_DATA_EXCESS:
-            self._said.add("ranks")
+        if between_rank_excess(self._window.probes) > _SAME_DATA_EXCESS and self._refusals.is_new("ranks"):
             rank_zero_warn(
                 f"{type(self).__name__}: the processes see the same examples (gradients of different processes are "
                 "more alike than those within one), so B_S comes out wrong. Let Lightning inject a DistributedSampler "
@@ -312,7 +295,7 @@ class GradientDiversityMonitor(Callback):
             "grad_sq_norm": estimate.signal,
             "second_moment": estimate.second_moment,
             "batch_size": float(batch_size),
-            "learning_rate": self._learning_rate(trainer),
+            "learning_rate": self._measured_learning_rate * self._learning_rate_factor(),
             "sample_efficiency": gain(batch_size, estimate.bound) / batch_size,
             "overhead": self._stopwatch.overhead,
         }
@@ -323,5 +306,6 @@ class GradientDiversityMonitor(Callback):
         micro_batch = drawn if drawn is not None else self._window.probes[-1].count / trainer.world_size
         return round(micro_batch * trainer.accumulate_grad_batches * trainer.world_size)
 
-    def _learning_rate(self, trainer: Trainer) -> float:
-        return max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
+    def _learning_rate_factor(self) -> float:
+        """How much faster the optimizer steps than its learning rate says."""
+        return 1.0

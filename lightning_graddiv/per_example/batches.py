@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -59,25 +60,29 @@ def count_examples(batch: Any, at_most: int | None = None) -> int:
 def select(batch: Any, examples: Sequence[int], total: int) -> Any:
     """Return the batch of the given examples only; what has no row per example is passed on whole.
 
+    The rows are copies, the rest is shared.
+
     Args:
         batch: a batch of ``total`` examples.
         examples: their positions.
-        total: tensors with this leading dimension, and lists of so many non-tensors, have a row per example.
+        total: tensors and arrays with this leading dimension, and lists and tuples of so many strings or other plain
+            values, have a row per example.
     """
-
-    def rows_of(leaf: Tensor) -> Tensor:
-        if not has_row_per_example(leaf, total):
-            return leaf
-        return leaf.index_select(0, torch.as_tensor(examples, device=leaf.device))
+    kinds = (Tensor, np.ndarray, list, tuple)
 
     def pick(part: Any) -> Any:
         if isinstance(part, Tensor):
-            return rows_of(part)
-        if len(part) == total and not any(isinstance(item, (Tensor, list, tuple, dict)) for item in part):
-            return [part[i] for i in examples]
-        return [_map_leaves(item, pick, kinds=(Tensor, list)) for item in part]
+            rows = torch.as_tensor(examples, device=part.device)
+            return part.index_select(0, rows) if has_row_per_example(part, total) else part
+        if isinstance(part, np.ndarray):
+            return part[list(examples)] if part.ndim > 0 and len(part) == total else part
+        if hasattr(part, "_fields"):
+            return type(part)(*(_map_leaves(item, pick, kinds) for item in part))
+        if len(part) == total and not tensor_leaves(part):
+            return type(part)(part[i] for i in examples)
+        return type(part)(_map_leaves(item, pick, kinds) for item in part)
 
-    return _map_leaves(batch, pick, kinds=(Tensor, list))
+    return _map_leaves(batch, pick, kinds)
 
 
 def has_row_per_example(leaf: Tensor, total: int) -> bool:
@@ -91,14 +96,22 @@ def replace_leaves(batch: Any, leaves: Sequence[Tensor]) -> Any:
     return _map_leaves(batch, lambda _: next(replacements))
 
 
+def own_copy(batch: Any) -> Any:
+    """Return the batch with containers, tensors and arrays of its own, for a training step that writes to them."""
+    return _map_leaves(
+        batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf.copy(), (Tensor, np.ndarray)
+    )
+
+
 def _map_leaves(batch: Any, function: Callable[[Any], Any], kinds: Any = Tensor) -> Any:
     try:
         return apply_to_collection(batch, kinds, function)
-    except ValueError as error:
-        if "frozen dataclass" not in str(error):
-            raise
+    except (MeasurementError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        cure = "Drop `frozen=True`, or collate" if "frozen dataclass" in str(error) else "Collate"
         raise MeasurementError(
-            f"The batch holds a frozen dataclass, which cannot be split into examples ({type(batch).__name__}). "
-            "Drop `frozen=True` or collate into a dict or a named tuple.",
+            f"The batch ({type(batch).__name__}) cannot be taken apart into examples ({error}). {cure} into a dict or "
+            "a named tuple.",
             lasting=True,
         ) from error

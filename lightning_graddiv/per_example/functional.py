@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,33 +40,50 @@ def loop_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradient
         total: the number of examples.
 
     Raises:
-        MeasurementError: an example's loss is not finite, or depends on no parameter.
+        MeasurementError: an example's loss or gradient is not finite, or the step fails on one example.
     """
     norms: list[Tensor] = []
     running: list[Tensor] | None = None
-    for example in range(total):
-        gradients = differentiate(loss, select(batch, [example], total))
-        norms.append(sum_of_squares(gradients))
-        wide = [gradient.to(_sum_dtype(gradient)) for gradient in gradients]
-        running = wide if running is None else [a.add_(b) for a, b in zip(running, wide, strict=True)]
+    with splitting(loss):
+        for example in range(total):
+            gradients = differentiate(loss, select(batch, [example], total))
+            norms.append(sum_of_squares(gradients))
+            if running is None:  # two parameters may be given one and the same tensor: never added to in place
+                running = [torch.zeros_like(gradient, dtype=_sum_dtype(gradient)) for gradient in gradients]
+            running = [a.add_(b) for a, b in zip(running, gradients, strict=True)]
     return PerExampleGradients(torch.stack(norms), _flatten(running or []))
+
+
+@contextmanager
+def splitting(loss: StepLoss) -> Iterator[None]:
+    """Say that splitting is what failed, where the step runs on a whole batch but not on a part of it."""
+    try:
+        yield
+    except (MeasurementError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise MeasurementError(
+            f"`{type(loss.module).__name__}` cannot be differentiated on a part of its batch "
+            f"({type(error).__name__}: {reason}), so the batch cannot be split into examples.",
+            lasting=True,
+        ) from error
 
 
 def differentiate(loss: StepLoss, batch: Any) -> list[Tensor]:
     """Return the gradients of the batch's loss for every parameter; zero where the loss does not depend on one.
 
     Raises:
-        MeasurementError: the loss is not finite, or depends on no parameter.
+        MeasurementError: the loss or its gradient is not finite.
     """
     value = loss(batch)
-    if not value.requires_grad:
-        raise MeasurementError(
-            f"The loss of `{type(loss.module).__name__}` does not depend on any trainable parameter.",
-            lasting=True,
-        )
     if not bool(torch.isfinite(value)):
         raise MeasurementError("The loss is not finite, so this measurement was dropped.")
+    if not value.requires_grad:  # an example may add nothing, such as an image without objects
+        return [torch.zeros_like(parameter) for parameter in loss.parameters]
     gradients = torch.autograd.grad(value, loss.parameters, allow_unused=True)
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None):
+        raise MeasurementError("A gradient is not finite although the loss is, so this measurement was dropped.")
     return [
         torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
         for parameter, gradient in zip(loss.parameters, gradients, strict=True)
@@ -83,7 +101,7 @@ def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGr
         total: the number of examples.
 
     Raises:
-        FunctionalEngineError: the step does not run under ``torch.func``.
+        FunctionalEngineError: the step does not run under ``torch.func``, or a loss or gradient is not finite there.
     """
     values = [parameter.detach() for parameter in loss.parameters]
     rows = _ExampleRows(batch, total)
@@ -96,10 +114,11 @@ def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGr
     running: list[Tensor] | None = None
     for leaves in rows.chunks(_chunk_size(values)):
         gradients, losses = _transformed(per_example, values, leaves)
-        if not bool(torch.isfinite(losses).all()):  # the loop tells whether the loss is, or uses a metric's value
-            raise FunctionalEngineError("the loss is not finite under torch.func.vmap")
         gradients = [gradient.detach() for gradient in gradients]
         norms.append(sum_of_squares(gradients, per_row=True))
+        if not bool(torch.isfinite(losses).all() and torch.isfinite(norms[-1]).all()):
+            # The loop tells whether the loss or its gradient is to blame, or a metric's value in the loss.
+            raise FunctionalEngineError("the loss or its gradient is not finite under torch.func.vmap")
         sums = [gradient.sum(0, dtype=_sum_dtype(gradient)) for gradient in gradients]
         running = sums if running is None else [a.add_(b) for a, b in zip(running, sums, strict=True)]
     return PerExampleGradients(torch.cat(norms), _flatten(running or []))
@@ -136,12 +155,12 @@ def _transformed(per_example: Any, values: list[Tensor], leaves: list[Tensor]) -
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise FunctionalEngineError(
-            f"it does not run under torch.func.vmap ({type(error).__name__}: {reason})"
+            f"it does not run under torch.func.vmap ({type(error).__name__}: {reason})", lasting=True
         ) from error
 
 
 def _chunk_size(values: Sequence[Tensor]) -> int:
-    return max(1, _CHUNK_BYTES // sum(value.numel() * value.element_size() for value in values))
+    return max(1, _CHUNK_BYTES // max(1, sum(value.numel() * value.element_size() for value in values)))
 
 
 def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Tensor:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.batches import own_copy
+from lightning_graddiv.per_example.guard import parameters_guarded
 from lightning_graddiv.per_example.shadow import is_lightning_module, shadow_copy
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -22,8 +24,8 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 class StepLoss:
     """The loss that one training step computes, as a function of the batch and, if wanted, of the parameters.
 
-    Each call runs on a fresh shadow of the module (see :mod:`.shadow`), so that no call sees or leaves a trace of
-    another.
+    Each call runs on a fresh shadow of the module (see :mod:`.shadow`) with its own copy of the batch, so that no call
+    sees or leaves a trace of another.
 
     Args:
         module: a LightningModule, or any module together with ``loss_fn``.
@@ -32,7 +34,7 @@ class StepLoss:
         parameters: the parameters to differentiate for. None: all that require a gradient.
 
     Raises:
-        MeasurementError: nothing to differentiate for, sharded parameters, manual optimization.
+        MeasurementError: nothing to differentiate for, sharded or lazy parameters, manual optimization.
         TypeError: a module that is not a LightningModule, without ``loss_fn``.
     """
 
@@ -46,40 +48,40 @@ class StepLoss:
     ) -> None:
         self.module = module
         self.parameters = _trainable(module, parameters)
-        self._names = _all_names(module, self.parameters)
+        self.copies_frozen = False  # set where the step writes to parameters without gradient
         self._loss_of = loss_fn if loss_fn is not None else _training_step_loss(module, step_args)
 
     def __call__(self, batch: Any) -> Tensor:
         """Return the scalar loss at the module's own parameters, with its autograd graph."""
-        return _scalar(self._loss_of(shadow_copy(self.module), batch))
+        return self._run(batch, None)
 
     def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
         """Return the scalar loss with ``values`` in place of ``parameters``: a pure function, for ``torch.func``."""
-        step = _Step(shadow_copy(self.module, unknown_metrics=True), self._loss_of)
-        named = {name: value for names, value in zip(self._names, values, strict=True) for name in names}
-        # Each name of a tied parameter is given its value, so there is nothing left for torch to tie.
-        return _scalar(functional_call(step, named, (batch,), tie_weights=False))
+        return self._run(batch, {id(p): value for p, value in zip(self.parameters, values, strict=True)})
 
-
-class _Step(nn.Module):
-    """A forward pass that is the whole step, which is what ``functional_call`` knows how to call."""
-
-    def __init__(self, module: nn.Module, loss_of: LossFunction) -> None:
-        super().__init__()
-        self.module = module
-        self._loss_of = loss_of
-
-    def forward(self, batch: Any) -> Any:
-        return self._loss_of(self.module, batch)
+    def _run(self, batch: Any, values: dict[int, Tensor] | None) -> Tensor:
+        stand_in, loss_of = shadow_copy(
+            self.module,
+            self._loss_of,
+            values=values,
+            unknown_metrics=values is not None,
+            copy_frozen=self.copies_frozen,
+        )
+        return _scalar(loss_of(stand_in, own_copy(batch)))
 
 
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
-    """Keep a measurement from touching training: random states are put back, autocast is off, loggers are silent."""
+    """Keep a measurement from touching training: random states are put back, autocast is off, loggers are silent.
+
+    Raises:
+        MeasurementError: the step wrote to a parameter.
+    """
     trainer = getattr(module, "_trainer", None)
     devices = {"cpu", *(parameter.device.type for parameter in module.parameters())}
     with ExitStack() as stack:
         stack.enter_context(_random_states_put_back())
+        stack.enter_context(parameters_guarded(module))
         stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
@@ -106,6 +108,10 @@ def _random_states_put_back() -> Iterator[None]:
 
 
 def _trainable(module: nn.Module, wanted: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise MeasurementError(
+            f"`{type(module).__name__}` holds a lazy parameter without a shape: run one forward pass before measuring."
+        )
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if wanted is not None:
         chosen = {id(parameter) for parameter in wanted if parameter.requires_grad}
@@ -128,16 +134,6 @@ def _trainable(module: nn.Module, wanted: Sequence[nn.Parameter] | None) -> list
             lasting=True,
         )
     return parameters
-
-
-def _all_names(module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[list[str]]:
-    """List every name of each parameter within :class:`_Step`; a tied parameter has several."""
-    names: dict[int, list[str]] = {id(parameter): [] for parameter in parameters}
-    for prefix, submodule in shadow_copy(module).named_modules(prefix="module", remove_duplicate=False):
-        for name, parameter in submodule._parameters.items():
-            if id(parameter) in names:
-                names[id(parameter)].append(f"{prefix}.{name}")
-    return [names[id(parameter)] for parameter in parameters]
 
 
 def _training_step_loss(module: nn.Module, step_args: tuple[Any, ...] | None) -> LossFunction:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_graddiv.errors import MeasurementError
+# Seeds from which the first numbers of both random.random() and numpy.random.rand() are below 0.15, above 0.85.
+_LOW_SEED, _HIGH_SEED = 3820, 38554
 
 
 class Noise:
@@ -24,15 +25,20 @@ class Noise:
 
 
 @contextmanager
-def noise_off() -> Iterator[Noise]:
-    """Make random operations return the same constants whatever the batch, and refuse collectives.
+def noise_off(*, high: bool = False) -> Iterator[Noise]:
+    """Make random operations return the same constants whatever the batch.
 
     Noise from Python's and NumPy's generators is not constant, but starts from the same seed each time.
+
+    Args:
+        high: whether uniform noise is near one rather than near zero, so that what is done with some probability is
+            done, and left out, at least once.
     """
     noise = Noise()
-    with _NoiseOff(noise):
-        random.seed(0)
-        np.random.seed(0)
+    with _NoiseOff(noise, high=high):
+        seed = _HIGH_SEED if high else _LOW_SEED
+        random.seed(seed)
+        np.random.seed(seed)
         before = _state_outside_torch()
         yield noise
         noise.drawn |= before != _state_outside_torch()
@@ -46,9 +52,10 @@ def _state_outside_torch() -> tuple[Any, ...]:
 class _NoiseOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator below autograd and vmap, so that noise inside fused layers is found too."""
 
-    def __init__(self, noise: Noise) -> None:
+    def __init__(self, noise: Noise, *, high: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._noise = noise
+        self._high = high
 
     def __torch_dispatch__(
         self,
@@ -57,22 +64,19 @@ class _NoiseOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func.namespace in {"c10d", "_c10d_functional"}:
-            raise MeasurementError(
-                f"The training step calls a collective ({func}), so its loss couples the ranks: it cannot be split "
-                "into examples.",
-                lasting=True,
-            )
         kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        return self._without_noise(func, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self._without_noise(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if self._noise.drawn and func._schema.name in {"aten::sort", "aten::topk"}:
+            return _ties_rolled(*out)
+        return out
 
     def _without_noise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operator = func._schema.name.removeprefix("aten::")
-        dropout = next((name for name in ("dropout_p", "p") if name in _argument_names(func)), None)
+        given = dict(zip(_argument_names(func), args, strict=False)) | kwargs
+        dropout = next((name for name in ("dropout_p", "dropout", "p") if name in _argument_names(func)), None)
         if dropout is not None and not operator.startswith("bernoulli"):  # dropout, alone or in attention: keep all
-            given = dict(zip(_argument_names(func), args, strict=False)) | kwargs
             self._noise.drawn |= bool(given.get(dropout, 0.0))
             return func(**given | {dropout: 0.0})
         self._noise.drawn = True
@@ -83,7 +87,16 @@ class _NoiseOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.arange(len(out), device=out.device, dtype=out.dtype).roll(1)
         if operator.startswith("bernoulli"):
             return out.fill_(1)
-        return out.fill_(0.5 if out.is_floating_point() else 0)
+        if out.is_floating_point():
+            return out.fill_(0.95 if self._high else 0.05)
+        return out.fill_(given.get("high", 1) - 1 if self._high else given.get("low", 0))
+
+
+def _ties_rolled(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort constant noise to a permutation that moves every example: `rand(n).argsort()` is a way to shuffle."""
+    if values.is_floating_point() and values.numel() > 1 and bool((values == values.flatten()[0]).all()):
+        return values, indices.sub(1).remainder(int(indices.max()) + 1)
+    return values, indices
 
 
 def _argument_names(func: Any) -> list[str]:

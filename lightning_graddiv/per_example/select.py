@@ -10,9 +10,10 @@ from lightning_graddiv.diversity import GradientMoments
 from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.batches import count_examples, select
 from lightning_graddiv.per_example.functional import PerExampleGradients, functional_gradients, loop_gradients
+from lightning_graddiv.per_example.guard import FrozenParameterWritten, writes_refused
 from lightning_graddiv.per_example.losses import LossFunction, StepLoss, measuring
 from lightning_graddiv.per_example.noise import noise_off
-from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum
+from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum, full_precision
 
 Engine = Callable[[StepLoss, Any, int], PerExampleGradients]
 
@@ -49,6 +50,7 @@ class PerExampleEngine:
         self._max_examples = max_examples
         self._measured = 0
         self._is_trusted = False
+        self._copies_frozen = False
 
     def measure(self, loss: StepLoss, batch: Any, *, at_most: int | None = None) -> PerExampleGradients:
         """Return the squared norms and the sum of the batch's per-example gradients.
@@ -65,15 +67,27 @@ class PerExampleEngine:
         if self._max_examples is not None and total > self._max_examples:
             examples = [i * total // self._max_examples for i in range(self._max_examples)]
             batch, total = select(batch, examples, total), self._max_examples
-        with measuring(loss.module):
-            if total > 1 and (not self._is_trusted or _is_check_due(self._measured)):
-                self._is_trusted = False  # until this check has passed
-                measured = self._checked(loss, batch, total)
-                self._is_trusted = True
-            else:
-                measured = self._measure(loss, batch, total)
+        loss.copies_frozen |= self._copies_frozen
+        try:
+            measured = self._checked_when_due(loss, batch, total)
+        except FrozenParameterWritten:
+            if loss.copies_frozen:
+                raise
+            self._copies_frozen = loss.copies_frozen = True
+            measured = self._checked_when_due(loss, batch, total)
         self._measured += 1
         return measured
+
+    def _checked_when_due(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
+        with measuring(loss.module):
+            if total == 1:  # nothing to compare with: the reference itself, at the same cost
+                return loop_gradients(loss, batch, total)
+            if self._is_trusted and not _is_check_due(self._measured):
+                return self._measure(loss, batch, total)
+            self._is_trusted = False  # until this check has passed
+            measured = self._checked(loss, batch, total)
+            self._is_trusted = True
+            return measured
 
     def _checked(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
         sample = check_separable(loss, batch, total, seed=self._measured)
@@ -82,7 +96,7 @@ class PerExampleEngine:
                 check_engine(functional_gradients, loss, sample)
             except FunctionalEngineError as error:
                 self._fall_back(loss, sample.batch, sample.total, error)
-        with noise_off() as noise:
+        with noise_off(high=True) as noise, writes_refused(loss.module), full_precision():
             measured = self._measure(loss, batch, total)
             check_sum(loss, batch, measured)
         return self._measure(loss, batch, total) if noise.drawn else measured
@@ -98,7 +112,7 @@ class PerExampleEngine:
         if not self._falls_back:
             raise MeasurementError(
                 f"Engine `functional` cannot measure `{name}`: {error}. Use engine='auto' or 'loop'.",
-                lasting=True,
+                lasting=error.lasting,
             ) from error
         measured = loop_gradients(loss, batch, total)  # if the loop fails too, the module is not to blame
         self._engine = loop_gradients

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.batches import select
-from lightning_graddiv.per_example.functional import PerExampleGradients, differentiate, sum_of_squares
+from lightning_graddiv.per_example.functional import PerExampleGradients, differentiate, splitting, sum_of_squares
+from lightning_graddiv.per_example.guard import writes_refused
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
 
@@ -46,10 +47,10 @@ def check_separable(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) ->
     """
     examples = random.Random(seed).sample(range(total), min(_EXAMPLES, total))
     together = select(batch, examples, total)
-    with _splitting(loss):
+    with splitting(loss):
         joint = _vector(loss, together)
         alone = torch.stack([_vector(loss, select(batch, [example], total)) for example in examples])
-    _diagnose(joint, alone)
+    _diagnose(joint, alone, _tolerance(loss.module))
     return Sample(together, len(examples), sum_of_squares([alone], per_row=True))
 
 
@@ -59,47 +60,45 @@ def check_engine(engine: Callable[[StepLoss, Any, int], PerExampleGradients], lo
     Raises:
         FunctionalEngineError: they disagree, or the engine does not run.
     """
-    with noise_off():
+    with noise_off(), writes_refused(loss.module), full_precision():
         found = engine(loss, sample.batch, sample.total).sq_norms
     scale = float(sample.sq_norms.max())
-    if float((found - sample.sq_norms).abs().max()) > 2 * _tolerance(loss.parameters[0].dtype) * scale:
-        raise FunctionalEngineError("under torch.func.vmap it gives other gradients than the plain loop")
+    if float((found - sample.sq_norms).abs().max()) > 2 * _tolerance(loss.module) * scale:
+        raise FunctionalEngineError("under torch.func.vmap it gives other gradients than the plain loop", lasting=True)
 
 
 def check_sum(loss: StepLoss, batch: Any, measured: PerExampleGradients) -> None:
-    """Check that per-example gradients, measured with noise off, add up to the gradient of the whole batch.
+    """Check that per-example gradients, measured with noise off (``high``), add up to those of the whole batch.
 
     Raises:
         MeasurementError: they do not, by any common factor.
     """
-    joint = _vector(loss, batch)
-    if not _is_multiple(joint.to(_wide(joint)), measured.gradient_sum, measured.sq_norms):
+    joint = _vector(loss, batch, high=True)
+    tolerance = _tolerance(loss.module)
+    if not _is_multiple(joint.to(_wide(joint)), measured.gradient_sum, measured.sq_norms, tolerance):
         raise MeasurementError(_MIXED_OR_WEIGHTED, lasting=True)
 
 
 @contextmanager
-def _splitting(loss: StepLoss) -> Iterator[None]:
-    """Say that splitting is what failed, where the step runs on a whole batch but not on a part of it."""
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32, or the tensor cores' rounding would look like mixing."""
+    precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
-    except (MeasurementError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise MeasurementError(
-            f"`{type(loss.module).__name__}` cannot be differentiated on a part of its batch "
-            f"({type(error).__name__}: {reason}), so the batch cannot be split into examples.",
-            lasting=True,
-        ) from error
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(precision)
 
 
-def _vector(loss: StepLoss, batch: Any) -> Tensor:
-    with noise_off():
+def _vector(loss: StepLoss, batch: Any, *, high: bool = False) -> Tensor:
+    with noise_off(high=high), writes_refused(loss.module), full_precision():
         gradients = differentiate(loss, batch)
     return torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in gradients])
 
 
-def _diagnose(joint: Tensor, alone: Tensor) -> None:
+def _diagnose(joint: Tensor, alone: Tensor, tolerance: float) -> None:
     """Raise, saying what is wrong, unless ``joint`` is a common positive multiple of the sum of the rows."""
     joint, alone = joint.to(_wide(joint)), alone.to(_wide(alone))
     sq_norms = sum_of_squares([alone], per_row=True)
@@ -109,18 +108,17 @@ def _diagnose(joint: Tensor, alone: Tensor) -> None:
             "contrastive loss does), or has reached an exact minimum. It cannot be split into examples.",
             lasting=bool(joint.any()),
         )
-    if _is_multiple(joint, alone.sum(0), sq_norms):
+    if _is_multiple(joint, alone.sum(0), sq_norms, tolerance):
         return
     wide = alone.double()
     weights = torch.linalg.pinv(wide @ wide.T, hermitian=True) @ (wide @ joint.double())
     error = torch.linalg.vector_norm(joint - weights.to(joint.dtype) @ alone)
-    is_weighted = bool((weights > 0).all()) and float(error) <= _tolerance(joint.dtype) * float(
-        (weights.square() @ sq_norms).sqrt()
-    )
+    scale = float((weights.square() @ sq_norms).sqrt())
+    is_weighted = bool((weights > 0).all()) and float(error) <= tolerance * scale
     raise MeasurementError(_weighted(weights) if is_weighted else _MIXED, lasting=True)
 
 
-def _is_multiple(joint: Tensor, total: Tensor, sq_norms: Tensor) -> bool:
+def _is_multiple(joint: Tensor, total: Tensor, sq_norms: Tensor, tolerance: float) -> bool:
     """Tell whether ``joint`` is a mean, a sum, or another positive multiple of gradients that add up to ``total``.
 
     Measured against the root sum of squares of the gradients, where a relative spread of weights shows as itself.
@@ -128,7 +126,7 @@ def _is_multiple(joint: Tensor, total: Tensor, sq_norms: Tensor) -> bool:
     factors = [1 / len(sq_norms), 1.0]
     if bool(total.any()):
         factors.append(float(joint @ total / (total @ total)))
-    scale = _tolerance(joint.dtype) * float(sq_norms.sum().sqrt())
+    scale = tolerance * float(sq_norms.sum().sqrt())
     return any(float(torch.linalg.vector_norm(joint - f * total)) <= f * scale for f in factors if f > 0)
 
 
@@ -155,9 +153,10 @@ def _weighted(weights: Tensor) -> str:
     )
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def _tolerance(module: nn.Module) -> float:
     """Rounding allows this share; mixing and weighting change the gradient by far more."""
-    return 1e-3 if torch.finfo(dtype).bits >= 32 else 5e-2
+    bits = [torch.finfo(p.dtype).bits for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+    return 1e-3 if min(bits) >= 32 else 5e-2
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

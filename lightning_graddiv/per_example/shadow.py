@@ -6,173 +6,67 @@ transform) is left on a shadow, which is thrown away. The user's module is neith
 nothing to put back, also when the call raises.
 """
 
-import copy
-import dataclasses
-import functools
-import random
-import sys
-from collections import deque
-from types import CellType, FunctionType, MethodType, SimpleNamespace
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.copier import Copier
 
-_RANDOM_STATES = (random.Random, np.random.Generator, np.random.RandomState)
 
-
-def shadow_copy(module: nn.Module, *, unknown_metrics: bool = False) -> nn.Module:
+def shadow_copy(
+    module: nn.Module,
+    *others: Any,
+    values: Mapping[int, Tensor] | None = None,
+    unknown_metrics: bool = False,
+    copy_frozen: bool = False,
+) -> tuple[Any, ...]:
     """Return a stand-in for ``module`` that shares its parameters and nothing else that a forward pass writes to.
 
     Submodules, buffers, plain tensor attributes, containers, dataclasses, random generators, hooks and closures are
-    copied, with every reference to a module of the tree pointing to its shadow. Compiled submodules run eagerly. In a
-    LightningModule ``log``, ``log_dict`` and ``print`` do nothing, and collectives and manual optimization are refused.
-    Objects of other types are shared.
+    copied, with every reference to a module of the tree pointing to its shadow; so are plain objects whose classes come
+    from the module's own package. Compiled submodules run eagerly. In a LightningModule ``log``, ``log_dict`` and
+    ``print`` do nothing, and collectives and manual optimization are refused. Objects of other types are shared.
 
     Args:
         module: the module; it is not changed.
+        others: what the shadow is used with, copied along so that it refers to the shadow too: a loss, a batch.
+        values: tensors to stand in for parameters, wherever they are held, by the parameter's ``id``.
         unknown_metrics: let every torchmetrics ``Metric`` return NaN instead of updating. Under ``torch.func.vmap`` a
             metric cannot run, and NaN shows at once if a metric's value enters the loss.
+        copy_frozen: copy parameters without gradient too, for training steps that write to them.
+
+    Returns:
+        The stand-in, followed by the copies of ``others``.
 
     Raises:
-        MeasurementError: the tree holds a TorchScript module or an uninitialised parameter.
+        MeasurementError: the tree holds a TorchScript module, an uninitialised parameter, or what cannot be copied.
     """
-    stand_in: nn.Module = _Copier()(module)
-    for submodule in stand_in.modules():
+    copier = Copier(type(module).__module__.partition(".")[0], values, frozen=copy_frozen)
+    try:
+        copies = tuple(copier(value) for value in (module, *others))
+    except MeasurementError:
+        raise
+    except Exception as error:
+        raise MeasurementError(
+            f"`{type(module).__name__}` holds something that cannot be copied ({type(error).__name__}: {error}), and "
+            "its training_step is only run on copies. Give the object's class a working `__copy__`.",
+            lasting=True,
+        ) from error
+    for submodule in copies[0].modules():
         if isinstance(submodule, Metric):
             _isolate_metric(submodule, unknown=unknown_metrics)
         elif is_lightning_module(submodule):
             _silence(submodule)
-    return stand_in
+    return copies
 
 
 def is_lightning_module(module: nn.Module) -> bool:
-    """Tell a LightningModule of either namespace (``lightning.pytorch``, ``pytorch_lightning``)."""
-    return all(hasattr(type(module), name) for name in ("training_step", "log_dict", "manual_backward"))
-
-
-class _Copier:
-    """Copies a graph of objects, each once, so that shared references stay shared."""
-
-    def __init__(self) -> None:
-        self._copies: dict[int, Any] = {}
-        self._originals: list[Any] = []  # kept alive, so that no id is used twice
-
-    def __call__(self, value: Any) -> Any:
-        if id(value) in self._copies:
-            return self._copies[id(value)]
-        return self._copy(value)
-
-    def _remember(self, value: Any, stand_in: Any) -> Any:
-        self._copies[id(value)] = stand_in
-        self._originals.append(value)
-        return stand_in
-
-    def _copy(self, value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            return self._module(value)
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, (dict, list, set, deque)):
-            return self._container(value)
-        if isinstance(value, tuple):
-            return self._tuple(value)
-        if isinstance(value, MethodType):
-            owner = self(value.__self__)
-            return value if owner is value.__self__ else MethodType(value.__func__, owner)
-        if isinstance(value, FunctionType) and value.__closure__:
-            return self._closure(value)
-        if isinstance(value, functools.partial):
-            return functools.partial(self(value.func), *self(value.args), **self(value.keywords))
-        if isinstance(value, torch.Generator):
-            return self._remember(value, value.clone_state())
-        if isinstance(value, (*_RANDOM_STATES, np.ndarray)):
-            return self._remember(value, copy.deepcopy(value))
-        if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-            return self._plain_object(value)
-        return value
-
-    def _module(self, module: nn.Module) -> nn.Module:
-        if _is_compiled(module):
-            return self._remember(module, self(module._orig_mod))  # type: ignore[no-any-return]
-        if isinstance(module, torch.jit.ScriptModule):
-            raise MeasurementError(
-                f"TorchScript module `{type(module).__name__}` cannot be measured: its state is out of Python's reach. "
-                "Use the plain nn.Module during training.",
-                lasting=True,
-            )
-        stand_in: nn.Module = object.__new__(type(module))
-        self._remember(module, stand_in)
-        stand_in.__dict__.update({name: self(value) for name, value in module.__dict__.items()})
-        _undo_compile(stand_in)
-        return stand_in
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        if is_lazy(tensor):
-            raise MeasurementError("A lazy parameter has no shape yet: run one forward pass before measuring.")
-        if (tensor.requires_grad and tensor.is_leaf) or isinstance(tensor, nn.Parameter):
-            return tensor
-        return self._remember(tensor, tensor.detach().clone())  # type: ignore[no-any-return]
-
-    def _container(self, values: Any) -> Any:
-        stand_in = self._remember(values, copy.copy(values))
-        if isinstance(values, dict):
-            for key, value in values.items():
-                dict.__setitem__(stand_in, key, self(value))
-        elif isinstance(values, list):
-            stand_in[:] = [self(value) for value in values]
-        elif isinstance(values, deque):
-            stand_in.clear()
-            stand_in.extend(self(value) for value in values)
-        return stand_in
-
-    def _tuple(self, values: Any) -> Any:
-        copies = [self(value) for value in values]
-        if all(a is b for a, b in zip(copies, values, strict=True)):
-            return values
-        return type(values)(*copies) if hasattr(values, "_fields") else type(values)(copies)
-
-    def _closure(self, function: FunctionType) -> FunctionType:
-        cells = tuple(CellType() for _ in function.__closure__ or ())
-        stand_in = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-        )
-        stand_in.__kwdefaults__ = function.__kwdefaults__
-        stand_in.__dict__.update(function.__dict__)
-        self._remember(function, stand_in)
-        for cell, original in zip(cells, function.__closure__ or (), strict=True):
-            try:
-                cell.cell_contents = self(original.cell_contents)
-            except ValueError:  # a cell that was never filled stays empty
-                continue
-        return stand_in
-
-    def _plain_object(self, value: Any) -> Any:
-        stand_in = self._remember(value, copy.copy(value))
-        names = vars(value) if hasattr(value, "__dict__") else [field.name for field in dataclasses.fields(value)]
-        for name in names:
-            object.__setattr__(stand_in, name, self(getattr(value, name)))
-        return stand_in
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Tell a ``torch.compile`` wrapper, without importing the compiler where nothing was compiled."""
-    dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-
-
-def _undo_compile(module: nn.Module) -> None:
-    """Make the shadow run eagerly: compiled callables are bound to the module that was compiled."""
-    attributes = module.__dict__
-    attributes["_compiled_call_impl"] = None
-    if attributes.pop("_compiler_ctx", None) is not None:  # torch.compile(LightningModule), as Lightning unwraps it
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            attributes.pop(name, None)
+    """Tell a LightningModule of either namespace (``lightning.pytorch``, ``pytorch_lightning``), compiled or not."""
+    return all(hasattr(module, name) for name in ("training_step", "log_dict", "manual_backward"))
 
 
 def _isolate_metric(metric: Metric, *, unknown: bool) -> None:

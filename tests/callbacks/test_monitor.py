@@ -358,7 +358,7 @@ class TestLogging:
             def on_train_end(self, trainer, pl_module):
                 shown.update(trainer.progress_bar_metrics)
 
-        module, trainer = train(GradientDiversityMonitor(every_n_steps=3), Look(), enable_progress_bar=True)
+        _, trainer = train(GradientDiversityMonitor(every_n_steps=3), Look(), enable_progress_bar=True)
         assert [name for name in shown if name.startswith("graddiv/")] == ["graddiv/batch_size_bound"]
         assert f"graddiv/{self.NAMES[1]}" in trainer.callback_metrics
 
@@ -464,10 +464,22 @@ class Copies(Callback):
     """Deep-copies and pickles a callback at every hook."""
 
     HOOKS = (
-        "setup on_fit_start on_sanity_check_start on_train_start on_train_epoch_start on_train_batch_start "
-        "on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step on_train_batch_end "
-        "on_train_epoch_end on_validation_start on_train_end teardown"
-    ).split()
+        "setup",
+        "on_fit_start",
+        "on_sanity_check_start",
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_before_zero_grad",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+        "on_train_epoch_end",
+        "on_validation_start",
+        "on_train_end",
+        "teardown",
+    )
 
     def __init__(self, callback):
         self.callback = callback

@@ -1,0 +1,169 @@
+"""Real trainings on two processes (DDP over gloo); each process writes what it saw to a folder.
+
+Run as `python -m tests.ddp_runs FOLDER`; test_ddp.py reads the folder.
+"""
+
+import json
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor
+from tests.audit import AuditModule, loader, quiet_trainer
+
+EXAMPLES = 64
+SHARDS = (5, 3)
+
+
+def two_processes(callback, epochs=1, **kwargs):
+    return quiet_trainer(
+        max_epochs=epochs, callbacks=[callback], strategy="ddp", devices=2, **{"log_every_n_steps": 1, **kwargs}
+    )
+
+
+class Regression(LightningModule):
+    """Two layers in float64, whose weights stay put, so that every step measures the same."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (self.net(x)[:, 0] - y).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def regression_data():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(4 * sum(SHARDS), 6, dtype=torch.float64, generator=generator)
+    return x, x.sum(1).sin() + torch.randn(len(x), dtype=torch.float64, generator=generator)
+
+
+def shard(values, rank):
+    return values[: 4 * SHARDS[0]] if rank == 0 else values[4 * SHARDS[0] :]
+
+
+class OwnShard(Regression):
+    """Five examples a batch on the first process, three on the second."""
+
+    def train_dataloader(self):
+        rank = self.trainer.global_rank
+        x, y = regression_data()
+        return DataLoader(TensorDataset(shard(x, rank), shard(y, rank)), SHARDS[rank])
+
+
+def uneven_shards(rank):
+    monitor = GradientDiversityMonitor(every_n_steps=1)
+    two_processes(monitor, use_distributed_sampler=False).fit(OwnShard())
+    return {"probes": [asdict(probe) for probe in monitor._window.probes], "bound": monitor.latest.bound}
+
+
+def growth(rank):
+    callback = AdaptiveBatchSize(every_n_steps=1, max_batch_size=32, delta=1.0, cooldown=0, scale_lr="linear")
+    module = AuditModule(EXAMPLES)
+    trainer = two_processes(callback, epochs=4)
+    trainer.fit(module, loader(EXAMPLES, 4))
+    steps = torch.stack(module.steps)
+    return {
+        "sizes": [round(1 / float(step.max())) for step in module.steps],
+        "epochs": module.step_epochs,
+        "seen_each_epoch": [(torch.stack(module.steps_of(epoch)) > 0).sum(0).unique().tolist() for epoch in range(4)],
+        "sums": steps.sum(1).unique().tolist(),
+        "history": [(g.from_batch_size, g.to_batch_size, g.learning_rate_factor) for g in callback.history],
+        "micro_batches": module.micro_batches,
+        "examples_seen": callback.examples_seen,
+    }
+
+
+class Noisy(Regression):
+    """Gradients with a mean and a spread, so that the two kinds of pairs can be told apart."""
+
+    def train_dataloader(self):
+        x, y = regression_data()
+        generator = torch.Generator().manual_seed(0)  # the same order on both processes
+        return DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=generator)
+
+
+def same_data(rank):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        two_processes(GradientDiversityMonitor(every_n_steps=1), use_distributed_sampler=False).fit(Noisy())
+    return {"warned": sum("see the same examples" in str(warning.message) for warning in caught)}
+
+
+def sampled_data(rank):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        two_processes(GradientDiversityMonitor(every_n_steps=1), epochs=3).fit(Noisy())
+    return {"warned": sum("see the same examples" in str(warning.message) for warning in caught)}
+
+
+def divergent_policies(rank):
+    callback = AdaptiveBatchSize(
+        every_n_steps=1, max_batch_size=64, cooldown=0, policy=lambda estimate, run: 1000.0 if rank == 0 else 16.0
+    )
+    two_processes(callback, epochs=4).fit(AuditModule(EXAMPLES), loader(EXAMPLES, 4))
+    return {"history": [g.to_batch_size for g in callback.history], "allowed": [g.allowed for g in callback.history]}
+
+
+def one_process_refuses(rank):
+    class Sometimes(AuditModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + float("nan") if rank == 1 and batch_idx == 2 else loss
+
+    monitor = GradientDiversityMonitor(every_n_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        two_processes(monitor).fit(Sometimes(EXAMPLES), loader(EXAMPLES, 4))
+    said = [str(w.message) for w in caught if "dropped the measurement" in str(w.message)]
+    return {"measurements": monitor.measurements, "said": said}
+
+
+def collectives(rank):
+    class Gathers(AuditModule):
+        def training_step(self, batch, batch_idx):
+            everybody = self.all_gather(batch[0])
+            return super().training_step((batch[0] - everybody.mean((0, 1)),), batch_idx)
+
+    monitor = GradientDiversityMonitor(every_n_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        two_processes(monitor).fit(Gathers(EXAMPLES), loader(EXAMPLES, 4))
+    said = [str(w.message) for w in caught if "dropped the measurement" in str(w.message)]
+    return {"measurements": monitor.measurements, "said": said}
+
+
+RUNS = (
+    uneven_shards,
+    growth,
+    same_data,
+    sampled_data,
+    divergent_policies,
+    one_process_refuses,
+    collectives,
+)
+
+
+def main(folder: Path) -> None:
+    import os
+
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.set_num_threads(1)
+    for run in RUNS:
+        result = run(rank)
+        (folder / f"{run.__name__}.{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,109 @@
+"""Two real processes measure what one would, decide alike, and never wait for each other in vain."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_graddiv import GradientMoments, measure_moments
+from tests import ddp_runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    root = Path(__file__).parent.parent
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.ddp_runs", str(folder)], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+
+    def read(run):
+        name = run.__name__
+        return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+
+    return read
+
+
+def reference_probes():
+    """Plain per-example gradients of the union of both processes' batches."""
+    module = ddp_runs.Regression()
+    x, y = ddp_runs.regression_data()
+    for i in range(4):
+        rows = [
+            (a, b)
+            for rank, size in enumerate(ddp_runs.SHARDS)
+            for a, b in zip(
+                ddp_runs.shard(x, rank)[i * size : (i + 1) * size],
+                ddp_runs.shard(y, rank)[i * size : (i + 1) * size],
+                strict=True,
+            )
+        ]
+        gradients = []
+        for a, b in rows:
+            loss = (module.net(a[None])[:, 0] - b).square().mean()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]))
+        yield GradientMoments.from_gradients(torch.stack(gradients))
+
+
+def test_uneven_shards_give_the_moments_of_one_process(runs):
+    first, second = runs(ddp_runs.uneven_shards)
+    assert first == second
+    for probe, reference in zip(first["probes"], reference_probes(), strict=True):
+        assert probe["count"] == 8
+        assert probe["sum_sq_norms"] == pytest.approx(reference.sum_sq_norms, rel=1e-12)
+        assert probe["sq_norm_of_sum"] == pytest.approx(reference.sq_norm_of_sum, rel=1e-12)
+        assert probe["group_sq_counts"] == 5**2 + 3**2
+
+
+def test_and_those_of_our_own_single_process_engine(runs):
+    x, y = ddp_runs.regression_data()
+    first, second = (ddp_runs.shard(x, rank) for rank in range(2))
+    targets, others = (ddp_runs.shard(y, rank) for rank in range(2))
+    batch = (torch.cat([first[:5], second[:3]]), torch.cat([targets[:5], others[:3]]))
+    single = measure_moments(ddp_runs.Regression(), batch)
+    probe = runs(ddp_runs.uneven_shards)[0]["probes"][0]
+    assert probe["sum_sq_norms"] == pytest.approx(single.sum_sq_norms, rel=1e-12)
+    assert probe["sq_norm_of_sum"] == pytest.approx(single.sq_norm_of_sum, rel=1e-12)
+
+
+def test_the_batch_grows_alike_and_every_example_is_in_one_step(runs):
+    first, second = runs(ddp_runs.growth)
+    assert {key: first[key] for key in first} == second
+    assert first["history"] == [[8, 16, 2.0], [16, 32, 4.0]]
+    assert first["sizes"] == [8] * 8 + [16] * 4 + [32] * 2 + [32] * 2
+    assert first["micro_batches"] == [4] * 8 + [8] * 4 + [16] * 2 + [16] * 2
+    assert first["seen_each_epoch"] == [[1]] * 4
+    assert first["sums"] == pytest.approx([1.0] * len(first["sums"]))
+    assert first["examples_seen"] == 4 * 64
+
+
+def test_processes_that_see_the_same_examples_are_warned_of_once(runs):
+    assert [result["warned"] for result in runs(ddp_runs.same_data)] == [1, 0]
+
+
+def test_processes_with_a_distributed_sampler_are_not(runs):
+    assert [result["warned"] for result in runs(ddp_runs.sampled_data)] == [0, 0]
+
+
+def test_policies_that_differ_between_processes_cannot_make_them_differ(runs):
+    first, second = runs(ddp_runs.divergent_policies)
+    assert first == second
+    assert first["history"] == [16]
+    assert first["allowed"] == [16.0]
+
+
+def test_what_one_process_refuses_is_dropped_by_both(runs):
+    first, second = runs(ddp_runs.one_process_refuses)
+    assert first["measurements"] == second["measurements"] == 7
+    assert "Another process could not measure" in first["said"][0]
+    assert "The loss is not finite" in second["said"][0]
+
+
+def test_a_step_with_collectives_is_refused_and_trains_on(runs):
+    for result in runs(ddp_runs.collectives):
+        assert result["measurements"] == 0
+        assert "`self.all_gather`" in result["said"][0]
