@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -175,7 +176,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         else:
             self._moments = self._measured
             self._measured_since_growth += 1
-            self._loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning has divided by it
+            loss = outputs.get("loss", math.nan) if isinstance(outputs, Mapping) else math.nan
+            self._loss = float(loss) * trainer.accumulate_grad_batches  # Lightning has divided by it
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override

@@ -232,17 +232,7 @@ class GradientDiversityMonitor(Callback):
         """Make one probe of the batch that training is about to use; never raises, and leaves no trace in training."""
         self._tap = None
         with self._stopwatch.measuring(trainer.strategy.root_device):
-            sums, refusal = self._measure_here(trainer, pl_module, args)
-            lasting = isinstance(refusal, MeasurementError) and refusal.lasting
-            moments, lasting = pool_over_ranks(sums, trainer.strategy.root_device, lasting=lasting)
-            self._refusals.count(lasting=lasting)
-            if moments is not None and (moments.count < 2 or moments.sum_sq_norms == 0):
-                refusal = MeasurementError(
-                    "The batch holds one example, and diversity is about pairs: use a larger batch."
-                    if moments.count < 2
-                    else "Every per-example gradient is exactly zero, so their diversity is undefined."
-                )
-                moments = None
+            moments, refusal = self._probe(trainer, pl_module, args)
             if moments is None:
                 self._refusals.say(type(self).__name__, trainer.global_step, refusal)
                 return
@@ -253,6 +243,25 @@ class GradientDiversityMonitor(Callback):
             self._window.append(moments, learning_rate=learning_rate, examples_seen=self.examples_seen)
             self.latest = self._window.estimate(self._dataset_size, self.confidence)
             self._check_ranks()
+
+    def _probe(
+        self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]
+    ) -> tuple[GradientMoments | None, Exception | None]:
+        """Return the moments over all processes; or None on all of them, and why if the reason is ours."""
+        sums, refusal = self._measure_here(trainer, pl_module, args)
+        lasting = isinstance(refusal, MeasurementError) and refusal.lasting
+        try:
+            moments, lasting = pool_over_ranks(sums, trainer.strategy.root_device, lasting=lasting)
+        except ValueError as error:  # the pooled sums are not finite, on every process alike
+            moments, refusal = None, error
+        self._refusals.count(lasting=lasting)
+        if moments is not None and moments.count < 2:
+            return None, MeasurementError(
+                "The batch holds one example, and diversity is about pairs: use a larger batch."
+            )
+        if moments is not None and moments.sum_sq_norms == 0:
+            return None, MeasurementError("Every per-example gradient is exactly zero: their diversity is undefined.")
+        return moments, refusal
 
     def _measure_here(
         self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]
