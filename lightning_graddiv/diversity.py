@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from lightning_graddiv.jackknife import jackknife_standard_error, student_t_quantile, sums_without_each
 
 # Below this many probes a jackknife says nothing about spread, and the interval is everything: [1, inf].
 MIN_PROBES_FOR_INTERVAL = 4
@@ -301,32 +301,8 @@ def between_rank_excess(probes: Sequence[GradientMoments]) -> float:
     second_moment = math.fsum(p.sum_sq_norms for p in probes) / math.fsum(p.count for p in probes)
     if abs(difference) <= 1e-12 * second_moment:
         return 0.0
-    se = _jackknife_se(list(map(_between_minus_within, *map(_sums_without_each, columns))))
+    se = jackknife_standard_error(list(map(_between_minus_within, *map(sums_without_each, columns))))
     return difference / se if se > 0 else math.copysign(math.inf, difference)
-
-
-def gain(batch_size: float, bound: float) -> float:
-    """Serial steps that one mini-batch step is worth: ``B B_S / (B_S + B - 1)`` (derived from Lemma 1).
-
-    Lemma 1 gives a step of batch ``B`` the noise of ``1 + delta`` serial ones, ``delta = (B - 1) / B_S``,
-    hence a gain of ``B / (1 + delta)``. It is about ``B`` while ``B << B_S`` and saturates at ``B_S``.
-
-    Args:
-        batch_size: Effective batch size ``B``, examples per optimizer step.
-        bound: Batch-size bound ``B_S``; ``inf`` gives ``B``.
-
-    Raises:
-        ValueError: If one of them is below 1.
-
-    Example:
-        >>> gain(101, 100)
-        50.5
-
-    """
-    for name, value in (("batch_size", batch_size), ("bound", bound)):
-        if not value >= 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1 but got {value}")
-    return batch_size / (1 + (batch_size - 1) / bound)
 
 
 def check_dataset_size(dataset_size: int | None) -> None:
@@ -359,24 +335,11 @@ def _margin(signals: list[float], second_moments: list[float], confidence: float
     k = len(signals)
     if k < MIN_PROBES_FOR_INTERVAL:
         return math.inf
-    numerators, denominators = _sums_without_each(signals), _sums_without_each(second_moments)
+    numerators, denominators = sums_without_each(signals), sums_without_each(second_moments)
     if min(denominators) <= 0:
         return math.inf  # one probe alone has gradients
     rhos = [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
-    return _student_t(k - 1, confidence) * _jackknife_se(rhos)
-
-
-def _sums_without_each(values: list[float]) -> list[float]:
-    # What is before plus what is behind: total - value would cancel when one probe dwarfs the others.
-    before = accumulate(values[:-1], initial=0.0)
-    behind = list(accumulate(values[:0:-1], initial=0.0))
-    return [left + right for left, right in zip(before, reversed(behind), strict=True)]
-
-
-def _jackknife_se(leave_one_out: list[float]) -> float:
-    k = len(leave_one_out)
-    mean = math.fsum(leave_one_out) / k
-    return math.sqrt((k - 1) / k * math.fsum((value - mean) ** 2 for value in leave_one_out))
+    return student_t_quantile(k - 1, confidence) * jackknife_standard_error(rhos)
 
 
 def _group_sums(probe: GradientMoments) -> tuple[float, float, float, float] | None:
@@ -392,28 +355,3 @@ def _group_sums(probe: GradientMoments) -> tuple[float, float, float, float] | N
 
 def _between_minus_within(between: float, between_pairs: float, within: float, within_pairs: float) -> float:
     return between / between_pairs - within / within_pairs
-
-
-@lru_cache(maxsize=256)
-def _student_t(dof: int, confidence: float) -> float:
-    """Two-sided quantile, ``P(|T| <= t) = confidence``: bisection on ``theta = arctan(t / sqrt(dof))``."""
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        if _student_t_probability(dof, middle) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(dof) * math.tan(high)
-
-
-def _student_t_probability(dof: int, theta: float) -> float:
-    """``P(|T| <= sqrt(dof) tan(theta))``, finite series for integer dof (Abramowitz and Stegun 26.7.3-4)."""
-    sin, cos = math.sin(theta), math.cos(theta)
-    odd = dof % 2
-    term, series = (cos, 0.0) if odd else (1.0, 0.0)
-    # Odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...; even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...
-    # Both end at cos^(dof - 2).
-    for power in range(odd, dof - 1, 2):
-        series += term
-        term *= (power + 1) / (power + 2) * cos * cos
-    return 2 / math.pi * (theta + sin * series) if odd else sin * series

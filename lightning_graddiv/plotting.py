@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 _BATCH_COLOUR, _BOUND_COLOUR = "#0072B2", "#D55E00"
 _RUN_COLOURS = (_BATCH_COLOUR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _RUN_STYLES = ("-", "--", "-.", ":")
-_LEGEND: Any = {"loc": "lower right", "frameon": True, "framealpha": 0.9, "edgecolor": "none"}
-
 # In place of infinity, which cannot be drawn: far above the top of any axis of batch sizes.
 _BEYOND = 1e30
 
@@ -91,7 +89,7 @@ def plot_batch_size(metrics: Metrics, *, ax: "Axes | None" = None, log_prefix: s
         color=_BOUND_COLOUR,
         alpha=0.17,
         linewidth=0,
-        label="its confidence interval",
+        label="its interval",
     )
     finite = [value if math.isfinite(value) else math.nan for value in bound.values]
     ax.plot(bound.steps, finite, "o-", color=_BOUND_COLOUR, linewidth=1.3, markersize=2, label="bound $B_S(w)$")
@@ -101,7 +99,7 @@ def plot_batch_size(metrics: Metrics, *, ax: "Axes | None" = None, log_prefix: s
     # A size is logged where it is measured, and the last one holds to the end of the run.
     end = max(max(steps, default=0) for steps, _ in metrics.values())
     stairs = [*batch.steps, end], [*batch.values, batch.values[-1]]
-    ax.plot(*stairs, color=_BATCH_COLOUR, linewidth=2.6, drawstyle="steps-post", label="effective batch size")
+    ax.plot(*stairs, color=_BATCH_COLOUR, linewidth=2.6, drawstyle="steps-post", label="batch size")
 
     ax.set_yscale("log", base=2)
     ax.set_ylim(min(batch.values) / 2, _top(batch.values, bound.values))
@@ -109,7 +107,18 @@ def plot_batch_size(metrics: Metrics, *, ax: "Axes | None" = None, log_prefix: s
     _dress(ax, title="Batch size, and the bound that it grows under", ylabel="examples per optimizer step")
     ax.set_xlim(0, end)
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], **_LEGEND)  # top to bottom as they lie
+    ax.legend(
+        handles[::-1],
+        labels[::-1],
+        ncols=3,
+        loc="lower left",  # above the axes, where nothing is drawn
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        borderpad=0,
+        columnspacing=1.2,
+        handlelength=1.4,
+        frameon=False,
+    )
     return ax
 
 
@@ -139,7 +148,7 @@ def plot_accuracy(runs: Mapping[str, Metrics], *, name: str = "val_accuracy", ax
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     _dress(ax, title="Accuracy against optimizer steps", ylabel="accuracy")
     ax.set_xlim(left=0)
-    ax.legend(**_LEGEND)
+    ax.legend(loc="lower right", frameon=False)
     return ax
 
 
@@ -170,7 +179,7 @@ def _top(sizes: Sequence[float], bounds: Sequence[float]) -> float:
 
 
 def _dress(ax: "Axes", *, title: str, ylabel: str) -> None:
-    ax.set_title(title, loc="left", fontweight="bold")
+    ax.set_title(title, loc="left", fontweight="bold", pad=22)  # leaves a line for a legend
     ax.set_xlabel("optimizer steps")
     ax.set_ylabel(ylabel)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -13,11 +13,9 @@ from lightning_graddiv.diversity import (
     DiversityEstimate,
     GradientMoments,
     GradientSums,
-    _student_t,
     batch_size_bound,
     between_rank_excess,
     estimate_diversity,
-    gain,
     gradient_diversity,
 )
 
@@ -300,12 +298,6 @@ class TestInterval:
         assert estimate.lower == pytest.approx(7, rel=1e-9)
         assert estimate.upper == pytest.approx(7, rel=1e-9)
 
-    def test_the_quantile_is_students(self):
-        for dof in (*range(1, 41), 99, 100, 499, 1000):
-            for confidence in (0.01, 0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.9999):
-                expected = stats.t.ppf((1 + confidence) / 2, dof)
-                assert _student_t(dof, confidence) == pytest.approx(expected, rel=1e-10), (dof, confidence)
-
 
 class TestRanksAsACheck:
     def grouped(self, shards: torch.Tensor) -> GradientMoments:
@@ -390,30 +382,3 @@ class TestRanksAsACheck:
         gradients = gaussian(8, 20)  # one gradient a probe, the same for all its examples on all ranks
         probes = [self.grouped(gradient.expand(4, 8, 20)) for gradient in gradients]
         assert between_rank_excess(probes) == 0
-
-
-class TestGain:
-    def test_one_example_is_one_step(self):
-        assert gain(1, 37.5) == 1
-
-    def test_without_a_bound_it_is_the_batch(self):
-        assert gain(512, math.inf) == 512
-
-    def test_at_the_bound_it_is_half_of_it(self):
-        assert gain(1000, 1000) == pytest.approx(500, rel=1e-3)
-
-    def test_it_saturates_at_the_bound(self):
-        assert gain(1e9, 50) == pytest.approx(50, rel=1e-6)
-
-    def test_it_is_the_batch_over_one_plus_delta(self):
-        for batch_size, bound in itertools.product((1, 2, 32, 4096), (1.0, 7.5, 1e4)):
-            delta = (batch_size - 1) / bound
-            assert gain(batch_size, bound) == pytest.approx(batch_size / (1 + delta), rel=1e-13)
-            assert gain(batch_size, bound) == pytest.approx(batch_size * bound / (bound + batch_size - 1), rel=1e-13)
-
-    @pytest.mark.parametrize(
-        ("batch_size", "bound", "name"), [(0, 5, "batch_size"), (5, 0.5, "bound"), (5, math.nan, "bound")]
-    )
-    def test_less_than_one_is_refused(self, batch_size, bound, name):
-        with pytest.raises(ValueError, match=f"Expected argument `{name}` to be at least 1 but got"):
-            gain(batch_size, bound)

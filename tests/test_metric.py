@@ -17,7 +17,7 @@ from lightning_graddiv.diversity import (
     estimate_diversity,
     gradient_diversity,
 )
-from lightning_graddiv.metric import BatchSizeBound, GradientDiversity
+from lightning_graddiv.metric import BatchSizeBound, GradientDiversity, all_reduce_sum
 
 N, D = 24, 5
 
@@ -295,6 +295,8 @@ def two_process_worker(rank: int, folder: str) -> None:
     start = len(recorder.calls)
     by_hand.sync()
     results["by hand"] = {"calls": recorder.calls[start:], "sum": by_hand.gradient_sum}
+    results["argument"] = torch.tensor([1.0 + rank, 2.0])
+    results["sum"] = all_reduce_sum(results["argument"])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -330,6 +332,10 @@ class TestTwoProcesses:
         result = two_processes[rank]["by hand"]
         assert {name for name, _ in result["calls"]} == {"all_reduce"}
         torch.testing.assert_close(result["sum"], gradients().sum(dim=0), rtol=1e-12, atol=0)
+
+    def test_summing_leaves_the_argument_alone(self, two_processes, rank):
+        assert two_processes[rank]["sum"][0].tolist() == [3, 4]
+        assert two_processes[rank]["argument"].tolist() == [1 + rank, 2]
 
     def test_each_process_keeps_its_own_examples(self, two_processes, rank):
         local = two_processes[rank]["bound uneven"]["local"]

@@ -223,8 +223,9 @@ class TestAfterAChange:
 
     @pytest.mark.parametrize(("old", "new"), [(50, 500), (500, 50)], ids=["up", "down"])
     @pytest.mark.parametrize("probes", [4, 8, 16])
-    def test_a_window_restarted_at_growth_covers_from_four_probes_on(self, old, new, probes):
-        assert self.coverage(old, new, probes=probes, batch=512) >= 0.85
+    @pytest.mark.parametrize("batch", [64, 512])
+    def test_a_window_restarted_at_growth_covers_from_four_probes_on(self, old, new, probes, batch):
+        assert self.coverage(old, new, probes=probes, batch=batch) >= 0.85
 
     @pytest.mark.parametrize("old", [50, 5000], ids=["up", "down"])
     def test_a_drop_of_the_learning_rate_restarts_it_as_growth_does(self, old):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import ASGD, SGD, Optimizer
 
-from lightning_graddiv.diversity import gain
+from lightning_graddiv.theory import gain
 
 LearningRateRule = Literal["auto", "gain", "linear", "sqrt"] | None
 RULES = ("auto", "gain", "linear", "sqrt", None)
