@@ -158,7 +158,7 @@ def verdict(small: Run, adaptive: Run) -> str:
     )
 
 
-def picture(runs: Sequence[Run], path: Path, *, bottom: float) -> None:
+def picture(runs: Sequence[Run], path: Path, *, ylim: tuple[float, float]) -> None:
     """Draw the last run's batch size beside the accuracy of all runs."""
     from matplotlib.figure import Figure
 
@@ -167,7 +167,7 @@ def picture(runs: Sequence[Run], path: Path, *, bottom: float) -> None:
     left, right = figure.subplots(1, 2)
     plot_batch_size(runs[-1].metrics, ax=left)
     plot_accuracy({run.name: run.metrics for run in reversed(runs)}, ax=right)
-    right.set(ylim=(bottom, 1), ylabel="test accuracy")
+    right.set(ylim=ylim, ylabel="test accuracy")
     figure.get_layout_engine().set(wspace=0.06)
     figure.savefig(path, dpi=160)
 
@@ -195,7 +195,7 @@ def three_runs(seed: int, epochs: int, out: Path) -> list[Run]:
 
 
 def quiet(*, decisions: bool = True) -> None:
-    """Let nothing through but the callback's decisions: Lightning's advice for large trainings is wrong for small ones."""
+    """Let only the callback's decisions through, and no advice for large trainings, which is wrong for small ones."""
     for message in (".*does not have many workers.*", ".*Experiment logs directory.*", ".*LeafSpec.*is deprecated.*"):
         warnings.filterwarnings("ignore", message)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     runs = three_runs(options.seed, options.epochs, options.out / "digits")
     small, _, adaptive = runs
     print(f"\n{table(runs)}\n\n{verdict(small, adaptive)}")
-    picture(runs, options.out / "digits.png", bottom=0.85)
+    picture(runs, options.out / "digits.png", ylim=(0.9, 1))
     print(f"Picture: {options.out / 'digits.png'}")
     return runs
 

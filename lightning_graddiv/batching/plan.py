@@ -17,6 +17,9 @@ class BatchPlan:
     accumulate: int = 1
     world_size: int = 1
 
+    def __str__(self) -> str:
+        return f"micro-batch {self.micro_batch_size} x accumulation {self.accumulate} x processes {self.world_size}"
+
     @property
     def batch_size(self) -> int:
         """Examples per optimizer step."""

@@ -60,7 +60,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         growth_factor: integer of at least 2.
         max_micro_batch_size: the most examples that one process takes at a time. None: no limit; the loader's own batch
             size if gradients are accumulated already or the loader's batches cannot be changed.
-        cooldown: measurements after a growth before the next.
+        cooldown: measurements after a growth before the next, and probes that a growth needs (no more than ``window``).
         scale_lr: ``"gain"``, ``"linear"``, ``"sqrt"``, None, or ``"auto"``: gain for SGD, its square root for any other
             optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`.
 
@@ -251,11 +251,15 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         allowed = self._allowed(trainer, self.latest, run)
         self._warn_of_a_start_too_large(self.latest)
         target = self.batch_size * self.growth_factor
-        is_cool = not self.history or self._measured_since_growth >= self.cooldown
-        if not (is_cool and target <= allowed and target <= self.max_batch_size):
+        if not (self._has_measured_enough() and target <= allowed and target <= self.max_batch_size):
             return False
         self._grow(trainer, target, allowed, self.latest)
         return True
+
+    def _has_measured_enough(self) -> bool:
+        """A drop of the learning rate empties the window too, and the interval of a few probes is a gamble."""
+        is_cool = not self.history or self._measured_since_growth >= self.cooldown
+        return is_cool and len(self._window) >= min(self.cooldown, self._window.size)
 
     def _allowed(self, trainer: Trainer, estimate: DiversityEstimate, run: RunState) -> float:
         allowed = float(self.policy(estimate, run))
@@ -288,8 +292,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         )
         self.history.append(growth)
         rank_zero_info(
-            f"AdaptiveBatchSize: {growth.from_batch_size} -> {target} from epoch {growth.epoch} on, because {why}; "
-            f"{resizer.plan}, learning rate x {self._scale.factor:.3g}"
+            f"AdaptiveBatchSize: {growth.from_batch_size} -> {target} from epoch {growth.epoch} on ({resizer.plan}), "
+            f"because {why}; learning rate x {self._scale.factor:.3g}"
         )
         self.batch_size = target
         self._measured_since_growth = 0

@@ -168,9 +168,11 @@ class GradientDiversityMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._stepped = False
+        loader = single_train_loader(trainer)
+        is_leftover = drawn_examples(loader, batch_idx) == 1 and drawn_batch_size(loader) != 1  # holds no pairs
         opens_a_step = batch_idx % trainer.accumulate_grad_batches == 0
         is_due = (self.optimizer_steps + 1) % self.every_n_steps == 0
-        if opens_a_step and is_due and not self._refusals.is_final:
+        if opens_a_step and is_due and not is_leftover and not self._refusals.is_final:
             learning_rate = largest_learning_rate(trainer.optimizers[0])
             self._tap = TrainingStepTap(
                 trainer.strategy, lambda args: self._measure(trainer, pl_module, args, learning_rate)

@@ -8,7 +8,7 @@ import sys
 import weakref
 from abc import ABC
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, Generic, Protocol
 
@@ -27,18 +27,20 @@ class Copier:
     """Copies a graph of objects, each once, so that shared references stay shared.
 
     Copied are modules, tensors, arrays, containers, dataclasses, random generators, functions that hold any of them,
-    and plain objects of the package's own classes. Parameters and objects of all other types are shared.
+    and plain objects of the user's own classes. Parameters and objects of all other types are shared.
 
     Args:
-        package: where the classes of plain objects are copied too, such as ``"my_project"``.
+        packages: the user's own, such as ``{"my_project"}``: plain objects of their classes are copied too.
         values: tensors to stand in for parameters, by the parameter's ``id``.
         frozen: copy parameters that do not require a gradient.
     """
 
-    def __init__(self, package: str = "", values: Mapping[int, Tensor] | None = None, *, frozen: bool = False) -> None:
+    def __init__(
+        self, packages: Collection[str] = (), values: Mapping[int, Tensor] | None = None, *, frozen: bool = False
+    ) -> None:
         self._copies: dict[int, Any] = dict(values or {})
         self._originals: list[Any] = []  # kept alive, so that no id is used twice
-        self._package = package
+        self._packages = packages
         self._frozen = frozen
 
     def __call__(self, value: Any) -> Any:
@@ -160,7 +162,7 @@ class Copier:
         return stand_in
 
     def _is_own(self, cls: type) -> bool:
-        return cls.__module__.partition(".")[0] == self._package
+        return package_of(cls) in self._packages
 
     def _is_plain_object(self, value: Any) -> bool:
         """Tell objects that are nothing but their attributes; others may own a file, a process or a whole training."""
@@ -178,6 +180,11 @@ class Copier:
         for name, attribute in (attributes | getattr(value, "__dict__", {})).items():
             object.__setattr__(stand_in, name, self(attribute))
         return stand_in
+
+
+def package_of(cls: type) -> str:
+    """Return the top-level package that a class comes from."""
+    return cls.__module__.partition(".")[0]
 
 
 def _independent_generator(value: Any) -> Any:

@@ -74,20 +74,39 @@ def differentiate(loss: StepLoss, batch: Any) -> list[Tensor]:
     """Return the gradients of the batch's loss for every parameter; zero where the loss does not depend on one.
 
     Raises:
-        MeasurementError: the loss or its gradient is not finite.
+        MeasurementError: the loss or its gradient is not finite, or autograd cannot see all parameters.
     """
     value = loss(batch)
     if not bool(torch.isfinite(value)):
         raise MeasurementError("The loss is not finite, so this measurement was dropped.")
     if not value.requires_grad:  # an example may add nothing, such as an image without objects
         return [torch.zeros_like(parameter) for parameter in loss.parameters]
-    gradients = torch.autograd.grad(value, loss.parameters, allow_unused=True)
-    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None):
-        raise MeasurementError("A gradient is not finite although the loss is, so this measurement was dropped.")
-    return [
+    _refuse_hidden_parameters(value)
+    found = torch.autograd.grad(value, loss.parameters, allow_unused=True)
+    gradients = [
         torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
-        for parameter, gradient in zip(loss.parameters, gradients, strict=True)
+        for parameter, gradient in zip(loss.parameters, found, strict=True)
     ]
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        raise MeasurementError("A gradient is not finite although the loss is, so this measurement was dropped.")
+    return gradients
+
+
+def _refuse_hidden_parameters(loss: Tensor) -> None:
+    """Refuse re-entrant checkpoints: for `autograd.grad` the parameters within would have no gradient, silently."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            raise MeasurementError(
+                "The training step uses re-entrant activation checkpointing, which hides parameters from "
+                "torch.autograd.grad. Use `checkpoint(..., use_reentrant=False)`.",
+                lasting=True,
+            )
+        waiting.extend(following for following, _ in node.next_functions)
 
 
 def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:

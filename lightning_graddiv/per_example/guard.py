@@ -56,11 +56,12 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept: dict[int, tuple[str, nn.Parameter]] = {}
+        self._kept: dict[int | None, tuple[str, nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             self._kept[_storage(parameter)] = (name, parameter)
             if parameter.grad is not None:
                 self._kept[_storage(parameter.grad)] = (f"{name}.grad", parameter)
+        self._kept.pop(None, None)
 
     def __torch_dispatch__(
         self,
@@ -91,9 +92,9 @@ def _written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             yield from (t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, Tensor))
 
 
-def _storage(tensor: Tensor) -> int:
-    """Tell tensors that share memory; those without a plain storage, such as sparse ones, share it with none."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+def _storage(tensor: Tensor) -> int | None:
+    """Tell tensors that share memory; those without a plain storage, such as sparse ones, are None."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def _written(name: str, parameter: nn.Parameter) -> MeasurementError:

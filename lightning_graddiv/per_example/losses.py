@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.batches import own_copy
 from lightning_graddiv.per_example.guard import parameters_guarded
+from lightning_graddiv.per_example.noise import restart_noise
 from lightning_graddiv.per_example.shadow import is_lightning_module, shadow_copy
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -60,6 +61,7 @@ class StepLoss:
         return self._run(batch, {id(p): value for p, value in zip(self.parameters, values, strict=True)})
 
     def _run(self, batch: Any, values: dict[int, Tensor] | None) -> Tensor:
+        restart_noise()
         stand_in, loss_of = shadow_copy(
             self.module,
             self._loss_of,

@@ -21,27 +21,50 @@ _LOW_SEED, _HIGH_SEED = 3820, 38554
 class Noise:
     """Whether anything random was asked for while noise was off."""
 
-    drawn = False
+    def __init__(self, seed: int) -> None:
+        self.drawn = False
+        self._seed = seed
+        self._state: Any = None
+
+    def restart(self) -> None:
+        """Set back the generators that do not obey torch."""
+        self.look()
+        random.seed(self._seed)
+        np.random.seed(self._seed)
+        self._state = _state_outside_torch()
+
+    def look(self) -> None:
+        """See whether they were used."""
+        self.drawn |= self._state is not None and self._state != _state_outside_torch()
+
+
+_active: list[Noise] = []
 
 
 @contextmanager
 def noise_off(*, high: bool = False) -> Iterator[Noise]:
     """Make random operations return the same constants whatever the batch.
 
-    Noise from Python's and NumPy's generators is not constant, but starts from the same seed each time.
+    Noise from Python's and NumPy's generators is not constant, but starts from the same seed in each step.
 
     Args:
         high: whether uniform noise is near one rather than near zero, so that what is done with some probability is
             done, and left out, at least once.
     """
-    noise = Noise()
-    with _NoiseOff(noise, high=high):
-        seed = _HIGH_SEED if high else _LOW_SEED
-        random.seed(seed)
-        np.random.seed(seed)
-        before = _state_outside_torch()
-        yield noise
-        noise.drawn |= before != _state_outside_torch()
+    noise = Noise(_HIGH_SEED if high else _LOW_SEED)
+    _active.append(noise)
+    try:
+        with _NoiseOff(noise, high=high):
+            yield noise
+        noise.look()
+    finally:
+        _active.remove(noise)
+
+
+def restart_noise() -> None:
+    """Begin a step: where noise is off, it begins like every other."""
+    for noise in _active[-1:]:
+        noise.restart()
 
 
 def _state_outside_torch() -> tuple[Any, ...]:
@@ -69,13 +92,14 @@ class _NoiseOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._without_noise(func, args, kwargs)
         out = func(*args, **kwargs)
         if self._noise.drawn and func._schema.name in {"aten::sort", "aten::topk"}:
-            return _ties_rolled(*out)
+            return _ties_rolled(out, _arguments(func, args, kwargs))
         return out
 
     def _without_noise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operator = func._schema.name.removeprefix("aten::")
-        given = dict(zip(_argument_names(func), args, strict=False)) | kwargs
-        dropout = next((name for name in ("dropout_p", "dropout", "p") if name in _argument_names(func)), None)
+        given = _arguments(func, args, kwargs)
+        names = [argument.name for argument in func._schema.arguments]
+        dropout = next((name for name in ("dropout_p", "dropout", "p") if name in names), None)
         if dropout is not None and not operator.startswith("bernoulli"):  # dropout, alone or in attention: keep all
             self._noise.drawn |= bool(given.get(dropout, 0.0))
             return func(**given | {dropout: 0.0})
@@ -92,12 +116,15 @@ class _NoiseOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out.fill_(given.get("high", 1) - 1 if self._high else given.get("low", 0))
 
 
-def _ties_rolled(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _ties_rolled(found: tuple[Tensor, Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Sort constant noise to a permutation that moves every example: `rand(n).argsort()` is a way to shuffle."""
-    if values.is_floating_point() and values.numel() > 1 and bool((values == values.flatten()[0]).all()):
-        return values, indices.sub(1).remainder(int(indices.max()) + 1)
-    return values, indices
+    (values, indices), noise = found, given["self"]
+    if not noise.is_floating_point() or noise.numel() < 2 or not bool((noise == noise.flatten()[0]).all()):
+        return values, indices
+    dim = given.get("dim", -1)
+    moved = torch.arange(1, values.shape[dim] + 1, device=indices.device).remainder(noise.shape[dim])
+    return values, moved.expand(indices.movedim(dim, -1).shape).movedim(-1, dim)
 
 
-def _argument_names(func: Any) -> list[str]:
-    return [argument.name for argument in func._schema.arguments]
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs

@@ -132,7 +132,8 @@ def _is_multiple(joint: Tensor, total: Tensor, sq_norms: Tensor, tolerance: floa
 
 _MIXED = (
     "The loss mixes the examples of a batch: their gradients taken alone do not add up to the batch's (dropout off). "
-    "Batch normalisation in training, mixup, contrastive losses, and regularisers added to a summed loss do this. "
+    "Batch normalisation in training, mixup, contrastive losses, and regularisers added to a summed loss do this, and "
+    "random numbers drawn one by one from Python or NumPy look like it (draw them with torch). "
     "Per-example gradients do not exist here; use layers and losses that treat examples alike and alone (GroupNorm or "
     "LayerNorm instead of BatchNorm), or freeze the statistics."
 )

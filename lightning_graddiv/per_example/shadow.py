@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example.copier import Copier
+from lightning_graddiv.per_example.copier import Copier, package_of
+
+_LIBRARIES = {"builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics"}
 
 
 def shadow_copy(
@@ -28,7 +30,7 @@ def shadow_copy(
 
     Submodules, buffers, plain tensor attributes, containers, dataclasses, random generators, hooks and closures are
     copied, with every reference to a module of the tree pointing to its shadow; so are plain objects whose classes come
-    from the module's own package. Compiled submodules run eagerly. In a LightningModule ``log``, ``log_dict`` and
+    from the same packages as the module's. Compiled submodules run eagerly. In a LightningModule ``log``, ``log_dict`` and
     ``print`` do nothing, and collectives and manual optimization are refused. Objects of other types are shared.
 
     Args:
@@ -45,7 +47,8 @@ def shadow_copy(
     Raises:
         MeasurementError: the tree holds a TorchScript module, an uninitialised parameter, or what cannot be copied.
     """
-    copier = Copier(type(module).__module__.partition(".")[0], values, frozen=copy_frozen)
+    classes = type(getattr(module, "_orig_mod", module)).__mro__  # those of the module that a compiled one wraps
+    copier = Copier({package_of(cls) for cls in classes} - _LIBRARIES, values, frozen=copy_frozen)
     try:
         copies = tuple(copier(value) for value in (module, *others))
     except MeasurementError:

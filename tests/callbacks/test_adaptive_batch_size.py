@@ -65,7 +65,7 @@ class TestArguments:
             fit(adaptive(max_batch_size=8), train=loader(EXAMPLES, 16))
 
     def test_the_cap_is_on_the_effective_batch(self):
-        with pytest.raises(MisconfigurationException, match="accumulate=4"):
+        with pytest.raises(MisconfigurationException, match="accumulation 4"):
             fit(adaptive(max_batch_size=8), accumulate_grad_batches=4)
 
     def test_the_micro_batch_limit_must_admit_the_loaders(self):
@@ -128,6 +128,17 @@ class TestGrowth:
     def test_waits_for_four_probes(self):
         module, _ = fit(adaptive(every_n_steps=6))  # 2 probes in the first epoch, 5 by the end of the second
         assert sizes_by_epoch(module) == [4, 4, 8, 8]
+
+    def test_waits_for_as_many_probes_as_it_cools_down(self):
+        module, _ = fit(adaptive(cooldown=17))  # 16 measurements in the first epoch; the window holds no more
+        assert sizes_by_epoch(module) == [4, 8, 8, 8]
+        module, _ = fit(adaptive(cooldown=17, window=32))
+        assert sizes_by_epoch(module) == [4, 4, 8, 8]
+
+    def test_a_window_that_restarted_with_the_learning_rate_is_too_short_to_decide_on(self):
+        module = AuditModule(EXAMPLES, learning_rate=1.0)  # halves at each epoch's end
+        fit(adaptive(cooldown=8, every_n_steps=3), module=module, train=loader(EXAMPLES, 4))  # 5 probes an epoch
+        assert sizes_by_epoch(module) == [4, 4, 4, 4]
 
     def test_cools_down_between_growths(self):
         module, _ = fit(adaptive(cooldown=9))  # 8 measurements an epoch after the first growth

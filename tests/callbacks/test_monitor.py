@@ -421,6 +421,11 @@ class TestRefusals:
         assert len(caught) == 1
         assert monitor.measurements == 0
 
+    def test_a_last_batch_of_one_example_is_passed_over_in_silence(self):
+        monitor = GradientDiversityMonitor(every_n_steps=1)
+        quiet_trainer(max_epochs=2, callbacks=[monitor]).fit(AuditModule(9), loader(9, 4))
+        assert monitor.measurements == 4
+
     def test_gradients_that_are_all_zero(self):
         class Flat(AuditModule):
             def training_step(self, batch, batch_idx):
