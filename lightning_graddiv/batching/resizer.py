@@ -64,15 +64,18 @@ class BatchResizer:
         Raises:
             MisconfigurationException: the processes cannot share the batch equally.
         """
-        plan = self.base.resized(batch_size, self._micro_batch_limit(single_train_loader(self._trainer)))
+        self.plan = self._plan_of(batch_size, self._micro_batch_limit(single_train_loader(self._trainer)))
+        self._apply()
+        refresh_lengths(self._trainer)
+
+    def _plan_of(self, batch_size: int, limit: int) -> BatchPlan:
+        plan = self.base.resized(batch_size, limit)
         if plan is None:
             raise MisconfigurationException(
                 f"An effective batch of {batch_size} examples cannot be shared equally by {self.base.world_size} "
                 f"processes."
             )
-        self.plan = plan
-        self._apply()
-        refresh_lengths(self._trainer)
+        return plan
 
     def remove(self) -> None:
         """Put back the user's batch samplers and the trainer's accumulation; may be called more than once."""
@@ -109,8 +112,7 @@ class BatchResizer:
                 f"{micro_batch_size} but got {limit}"
             )
         batch_size = self._batch_size()
-        goes_on = None if batch_size is None else self.base.resized(batch_size, limit)
-        self.plan = self.base if goes_on is None else goes_on
+        self.plan = self.base if batch_size is None else self._plan_of(batch_size, limit)
 
     def _own_batch_size(self, loader: Any) -> int | None:
         plain = {id(adopted): batch_sampler.batch_size for adopted, batch_sampler in self._adopted}

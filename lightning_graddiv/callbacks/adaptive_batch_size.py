@@ -25,8 +25,8 @@ from lightning_graddiv.batching.loops import (
 )
 from lightning_graddiv.batching.resizer import BatchResizer
 from lightning_graddiv.batching.sampler import drawn_examples
-from lightning_graddiv.callbacks.checks import require
-from lightning_graddiv.callbacks.growth import Growth, Throughput
+from lightning_graddiv.callbacks.checks import refuse_other_resizers, require
+from lightning_graddiv.callbacks.growth import Growth, Throughput, explain
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
 from lightning_graddiv.distributed import smallest_over_ranks
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
@@ -132,7 +132,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._refuse_companions(trainer)
+        refuse_other_resizers(trainer, self)
         self._resizer = BatchResizer(
             trainer,
             max_micro_batch_size=self.max_micro_batch_size,
@@ -222,15 +222,6 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             self._resizer.remove()
             self._resizer = None
 
-    def _refuse_companions(self, trainer: Trainer) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(base.__name__ == "GradientAccumulationScheduler" for base in type(callback).__mro__):
-                raise MisconfigurationException(
-                    "AdaptiveBatchSize sets `accumulate_grad_batches` itself: remove the GradientAccumulationScheduler."
-                )
-            if isinstance(callback, AdaptiveBatchSize) and callback is not self:
-                raise MisconfigurationException("Only one AdaptiveBatchSize can resize the batch: remove the others.")
-
     def _on_epoch(self, trainer: Trainer) -> None:
         """The loaders are ready and an epoch is about to start."""
         resizer = self._running()
@@ -275,10 +266,6 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             bound=estimate.lower,
             optimizer=trainer.optimizers[0],
         )
-        why = (
-            f"B_S = {estimate.bound:.4g} ({self.confidence:.0%} interval {estimate.lower:.4g} to {estimate.upper:.4g}, "
-            f"{estimate.num_probes} probes) allows {allowed:.4g} >= {target}"
-        )
         growth = Growth(
             step=self.optimizer_steps,
             epoch=trainer.current_epoch,
@@ -288,12 +275,12 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             allowed=allowed,
             learning_rate_factor=self._scale.factor,
             estimate=estimate,
-            why=why,
+            why=explain(estimate, self.confidence, allowed, target),
         )
         self.history.append(growth)
         rank_zero_info(
             f"AdaptiveBatchSize: {growth.from_batch_size} -> {target} from epoch {growth.epoch} on ({resizer.plan}), "
-            f"because {why}; learning rate x {self._scale.factor:.3g}"
+            f"because {growth.why}; learning rate x {self._scale.factor:.3g}"
         )
         self.batch_size = target
         self._measured_since_growth = 0

@@ -26,3 +26,37 @@ def require_replicated_parameters(strategy: Any, callback: str) -> None:
             f"{callback} supports a single device and DDP, where each process holds whole parameters, but the strategy "
             f"is `{type(strategy).__name__}`: per-example gradients of sharded parameters would be wrong."
         )
+
+
+def require_one_automatic_optimizer(trainer: Any, module: Any, callback: str) -> None:
+    """Refuse modules that step their optimizers themselves, or have several.
+
+    Raises:
+        MisconfigurationException: manual optimization, or not exactly one optimizer.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{callback} needs automatic optimization, but `{name}.automatic_optimization` is False: its training_step "
+            "takes optimizer steps itself and cannot be run for measuring."
+        )
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"{callback} needs one optimizer, but `{name}.configure_optimizers` made {len(trainer.optimizers)}."
+        )
+
+
+def refuse_other_resizers(trainer: Any, callback: Any) -> None:
+    """Refuse callbacks that would change the size of the batch too.
+
+    Raises:
+        MisconfigurationException: there is one.
+    """
+    for other in trainer.callbacks:
+        names = {base.__name__ for base in type(other).__mro__}
+        if "GradientAccumulationScheduler" in names:
+            raise MisconfigurationException(
+                "AdaptiveBatchSize sets `accumulate_grad_batches` itself: remove the GradientAccumulationScheduler."
+            )
+        if "AdaptiveBatchSize" in names and other is not callback:
+            raise MisconfigurationException("Only one AdaptiveBatchSize can resize the batch: remove the others.")

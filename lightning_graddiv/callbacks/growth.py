@@ -44,6 +44,14 @@ class Growth:
         return cls(**{**state, "estimate": DiversityEstimate(**state["estimate"])})
 
 
+def explain(estimate: DiversityEstimate, confidence: float, allowed: float, batch_size: int) -> str:
+    """Say in one line why the batch may grow to ``batch_size``."""
+    return (
+        f"B_S = {estimate.bound:.4g} ({confidence:.0%} interval {estimate.lower:.4g} to {estimate.upper:.4g}, "
+        f"{estimate.num_probes} probes) allows {allowed:.4g} >= {batch_size}"
+    )
+
+
 class Throughput:
     """Examples per second of training for each effective batch size, over all steps without a measurement."""
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
@@ -12,7 +11,11 @@ from lightning_graddiv.batching.dataset_size import distinct_examples
 from lightning_graddiv.batching.learning_rate import largest_learning_rate
 from lightning_graddiv.batching.loops import single_train_loader
 from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
-from lightning_graddiv.callbacks.checks import require, require_replicated_parameters
+from lightning_graddiv.callbacks.checks import (
+    require,
+    require_one_automatic_optimizer,
+    require_replicated_parameters,
+)
 from lightning_graddiv.callbacks.refusals import Refusals
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
 from lightning_graddiv.callbacks.tap import TrainingStepTap
@@ -132,17 +135,7 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = type(self).__name__
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{name} needs automatic optimization, but `{type(pl_module).__name__}.automatic_optimization` is "
-                "False: its training_step takes optimizer steps itself and cannot be run for measuring."
-            )
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"{name} needs one optimizer, but `{type(pl_module).__name__}.configure_optimizers` made "
-                f"{len(trainer.optimizers)}."
-            )
+        require_one_automatic_optimizer(trainer, pl_module, type(self).__name__)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -518,6 +518,18 @@ class TestResume:
         )
         assert [len(module.steps_of(epoch)) for epoch in (2, 3)] == [4, 4]
 
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+    def test_in_mid_epoch_the_batch_stays_what_it_was(self, tmp_path):
+        """Which examples are left of that epoch is Lightning's affair still; sizes and rates are ours."""
+        checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=6)
+        self.whole(callbacks=[checkpoint], enable_checkpointing=True)
+        resumed, module, trainer = self.whole(
+            callbacks=[checkpoint], enable_checkpointing=True, ckpt_path=str(tmp_path / "step=18.ckpt")
+        )
+        assert sizes_by_epoch(module) == [8, 16, 16]
+        assert [(g.epoch, g.to_batch_size) for g in resumed.history] == [(1, 8), (2, 16)]
+        assert trainer.global_step == 32
+
     def test_the_state_loads_with_lightnings_defaults(self, tmp_path):
         checkpoint = ModelCheckpoint(tmp_path, save_last=True)
         self.whole(callbacks=[checkpoint], enable_checkpointing=True)
