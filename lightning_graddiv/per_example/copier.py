@@ -3,14 +3,15 @@
 import copy
 import dataclasses
 import functools
+import io
 import random
 import sys
 import weakref
 from abc import ABC
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator, Mapping
 from types import CellType, FunctionType, MethodType, SimpleNamespace
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from lightning_graddiv.errors import MeasurementError
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _CONTAINERS = (dict, list, set, deque)
+_PLAIN_CONTAINERS = (*_CONTAINERS, OrderedDict)
 _NEUTRAL_BASES = (object, ABC, Generic, Protocol)
 
 
@@ -38,7 +40,8 @@ class Copier:
     def __init__(
         self, packages: Collection[str] = (), values: Mapping[int, Tensor] | None = None, *, frozen: bool = False
     ) -> None:
-        self._copies: dict[int, Any] = dict(values or {})
+        self._values = dict(values or {})
+        self._copies: dict[int, Any] = dict(self._values)
         self._originals: list[Any] = []  # kept alive, so that no id is used twice
         self._packages = packages
         self._frozen = frozen
@@ -78,6 +81,8 @@ class Copier:
             return self._remember(value, generator)
         if self._is_plain_object(value):
             return self._plain_object(value)
+        if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            return _RefusedIterator()
         return value
 
     def _module(self, module: nn.Module) -> nn.Module:
@@ -107,10 +112,14 @@ class Copier:
             return self._remember(tensor, nn.Parameter(tensor.detach().clone(), requires_grad=False))  # type: ignore[no-any-return]
         if (tensor.requires_grad and tensor.is_leaf) or isinstance(tensor, nn.Parameter):
             return tensor
-        return self._remember(tensor, tensor.detach().clone())  # type: ignore[no-any-return]
+        stand_in = tensor.detach().clone()
+        if tensor.requires_grad and not self._values:  # torch.func has no leaves, and comes second
+            stand_in = OutsideTensor.mark(stand_in).clone()
+        return self._remember(tensor, stand_in)  # type: ignore[no-any-return]
 
     def _container(self, values: Any) -> Any:
-        stand_in = self._remember(values, copy.copy(values))
+        is_plain = type(values) in _PLAIN_CONTAINERS  # whose own method is several times faster
+        stand_in = self._remember(values, values.copy() if is_plain else copy.copy(values))
         if isinstance(values, dict):
             for key, value in values.items():
                 if isinstance(key, nn.Module):
@@ -180,6 +189,36 @@ class Copier:
         for name, attribute in (attributes | getattr(value, "__dict__", {})).items():
             object.__setattr__(stand_in, name, self(attribute))
         return stand_in
+
+
+class OutsideTensor:
+    """Marks the copy of a tensor whose graph begins before the step: no gradient flows on through a copy."""
+
+    @staticmethod
+    def mark(leaf: Tensor) -> Tensor:
+        """Return ``leaf`` as one that :meth:`is_marked` recognises in a graph."""
+        leaf.requires_grad_()
+        leaf.__dict__["_computed_outside_of_step"] = True
+        return leaf
+
+    @staticmethod
+    def is_marked(leaf: Tensor) -> bool:
+        """Tell whether the tensor was marked."""
+        return "_computed_outside_of_step" in leaf.__dict__
+
+
+class _RefusedIterator:
+    """Stands in for an iterator, which can neither be copied nor drawn from without training missing what was drawn."""
+
+    def __iter__(self) -> "_RefusedIterator":
+        return self
+
+    def __next__(self) -> NoReturn:
+        raise MeasurementError(
+            "The training step draws from an iterator that the module holds, and training would miss what measuring "
+            "takes. Draw in the data loader, for example with `CombinedLoader`.",
+            lasting=True,
+        )
 
 
 def package_of(cls: type) -> str:

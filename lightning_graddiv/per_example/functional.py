@@ -13,6 +13,7 @@ from torch.func import grad_and_value, vmap
 from lightning_graddiv.diversity import GradientSums
 from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.batches import has_row_per_example, replace_leaves, select, tensor_leaves
+from lightning_graddiv.per_example.copier import OutsideTensor
 from lightning_graddiv.per_example.losses import StepLoss
 
 _CHUNK_BYTES = 128 * 2**20
@@ -48,6 +49,7 @@ def loop_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradient
         for example in range(total):
             gradients = differentiate(loss, select(batch, [example], total))
             norms.append(sum_of_squares(gradients))
+            require_finite(norms[-1])
             if running is None:  # two parameters may be given one and the same tensor: never added to in place
                 running = [torch.zeros_like(gradient, dtype=_sum_dtype(gradient)) for gradient in gradients]
             running = [a.add_(b) for a, b in zip(running, gradients, strict=True)]
@@ -74,26 +76,28 @@ def differentiate(loss: StepLoss, batch: Any) -> list[Tensor]:
     """Return the gradients of the batch's loss for every parameter; zero where the loss does not depend on one.
 
     Raises:
-        MeasurementError: the loss or its gradient is not finite, or autograd cannot see all parameters.
+        MeasurementError: the loss is not finite, or autograd cannot see all parameters.
     """
     value = loss(batch)
-    if not bool(torch.isfinite(value)):
-        raise MeasurementError("The loss is not finite, so this measurement was dropped.")
+    require_finite(value, "loss")
     if not value.requires_grad:  # an example may add nothing, such as an image without objects
         return [torch.zeros_like(parameter) for parameter in loss.parameters]
-    _refuse_hidden_parameters(value)
+    _refuse_cut_graphs(value)
     found = torch.autograd.grad(value, loss.parameters, allow_unused=True)
-    gradients = [
+    return [
         torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
         for parameter, gradient in zip(loss.parameters, found, strict=True)
     ]
-    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        raise MeasurementError("A gradient is not finite although the loss is, so this measurement was dropped.")
-    return gradients
 
 
-def _refuse_hidden_parameters(loss: Tensor) -> None:
-    """Refuse re-entrant checkpoints: for `autograd.grad` the parameters within would have no gradient, silently."""
+def require_finite(numbers: Tensor, what: str = "gradient") -> None:
+    """Raise ``MeasurementError`` for infinities and NaN."""
+    if not bool(torch.isfinite(numbers).all()):
+        raise MeasurementError(f"The {what} of an example or batch is not finite, so this measurement was dropped.")
+
+
+def _refuse_cut_graphs(loss: Tensor) -> None:
+    """Refuse what would silently leave out a part of the gradient: re-entrant checkpoints, graphs from elsewhere."""
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -104,6 +108,13 @@ def _refuse_hidden_parameters(loss: Tensor) -> None:
             raise MeasurementError(
                 "The training step uses re-entrant activation checkpointing, which hides parameters from "
                 "torch.autograd.grad. Use `checkpoint(..., use_reentrant=False)`.",
+                lasting=True,
+            )
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and OutsideTensor.is_marked(leaf):
+            raise MeasurementError(
+                "The loss depends on a tensor with a gradient that was computed before training_step began and kept in "
+                "the module: it cannot be computed again for one example. Compute it in training_step, or detach it.",
                 lasting=True,
             )
         waiting.extend(following for following, _ in node.next_functions)

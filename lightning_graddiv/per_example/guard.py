@@ -45,9 +45,9 @@ def writes_refused(module: nn.Module) -> Iterator[None]:
     """Refuse, before it happens, that the step writes to a parameter or calls a collective.
 
     Raises:
-        MeasurementError: it would.
+        MeasurementError: it would, or it replaced a parameter's data or gradient, which is put back.
     """
-    with _Guard(module):
+    with parameters_guarded(module), _Guard(module):
         yield
 
 

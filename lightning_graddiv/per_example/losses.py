@@ -58,7 +58,11 @@ class StepLoss:
 
     def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
         """Return the scalar loss with ``values`` in place of ``parameters``: a pure function, for ``torch.func``."""
-        return self._run(batch, {id(p): value for p, value in zip(self.parameters, values, strict=True)})
+        # Aliases made within the transform, for what is not differentiated: writing `.data` of one is an error there,
+        # where on the parameter itself it ends the process.
+        others = [p for p in self.module.parameters() if p.requires_grad or not self.copies_frozen]
+        stand_ins = {id(p): p.detach() for p in others}
+        return self._run(batch, stand_ins | {id(p): v for p, v in zip(self.parameters, values, strict=True)})
 
     def _run(self, batch: Any, values: dict[int, Tensor] | None) -> Tensor:
         restart_noise()

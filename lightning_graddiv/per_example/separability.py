@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.batches import select
-from lightning_graddiv.per_example.functional import PerExampleGradients, differentiate, splitting, sum_of_squares
+from lightning_graddiv.per_example.functional import (
+    PerExampleGradients,
+    differentiate,
+    require_finite,
+    splitting,
+    sum_of_squares,
+)
 from lightning_graddiv.per_example.guard import writes_refused
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
@@ -95,7 +101,9 @@ def full_precision() -> Iterator[None]:
 def _vector(loss: StepLoss, batch: Any, *, high: bool = False) -> Tensor:
     with noise_off(high=high), writes_refused(loss.module), full_precision():
         gradients = differentiate(loss, batch)
-    return torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in gradients])
+    vector = torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in gradients])
+    require_finite(vector)
+    return vector
 
 
 def _diagnose(joint: Tensor, alone: Tensor, tolerance: float) -> None:

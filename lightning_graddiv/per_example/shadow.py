@@ -29,8 +29,8 @@ def shadow_copy(
     """Return a stand-in for ``module`` that shares its parameters and nothing else that a forward pass writes to.
 
     Submodules, buffers, plain tensor attributes, containers, dataclasses, random generators, hooks and closures are
-    copied, with every reference to a module of the tree pointing to its shadow; so are plain objects whose classes come
-    from the same packages as the module's. Compiled submodules run eagerly. In a LightningModule ``log``, ``log_dict`` and
+    copied, with every reference to a module of the tree pointing to its shadow; so are plain objects of the user's own
+    classes (see :class:`.Copier`). Compiled submodules run eagerly. In a LightningModule ``log``, ``log_dict`` and
     ``print`` do nothing, and collectives and manual optimization are refused. Objects of other types are shared.
 
     Args:

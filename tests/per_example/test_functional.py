@@ -128,7 +128,7 @@ class Detector(MLP):
     """An image without objects adds a constant to the loss."""
 
     def training_step(self, batch, batch_idx):
-        x, y = batch
+        x = batch[0]
         losses = [F.cross_entropy(self.logits(a[None]), b[None]) if b > 0 else torch.zeros(()) for a, b in zip(*batch)]  # noqa: B905
         return torch.stack([loss.to(x.dtype) for loss in losses]).mean()
 
@@ -195,31 +195,36 @@ def test_without_noise_identical_examples_have_identical_norms():
 
 
 class NotANumber(MLP):
+    """The gradient is a number all the same."""
+
     def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) + batch[0].sum() * 0
+        return super().training_step(batch[:2], batch_idx) + batch[2].mean()
 
 
 @pytest.mark.parametrize("engine", [loop_gradients, functional_gradients])
 def test_a_loss_that_is_not_finite_gives_no_number(engine):
     module, (x, y) = Case(NotANumber).build()
-    x[2, 0] = float("nan")
+    offset = torch.zeros(N, dtype=x.dtype)
+    offset[2] = float("nan")
     with pytest.raises(MeasurementError, match="not finite"):
-        engine(StepLoss(module), (x, y), N)
+        engine(StepLoss(module), (x, y, offset), N)
 
 
 class RootOfZero(MLP):
     def training_step(self, batch, batch_idx):
-        return (self.logits(batch[0]) - batch[1]).square().sum(1).sqrt().mean()
+        return (self.logits(batch[0]) * batch[0][:, :1]).square().sum(1).sqrt().mean()
 
 
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 def test_a_gradient_that_is_not_finite_gives_no_number(engine):
-    module, (x, _) = Case(RootOfZero).build()
-    y = torch.randn(N, 3, dtype=x.dtype)
-    y[0] = module.logits(x)[0].detach()
-    with pytest.raises(MeasurementError, match="gradient is not finite") as refused:
+    module, (x, y) = Case(RootOfZero).build()
+    x[0] = 0
+    with pytest.raises(MeasurementError, match=r"gradient.* is not finite") as refused:
         per_example_squared_norms(module, (x, y), engine=engine)
     assert not refused.value.lasting
+    for measure in (functional_gradients, loop_gradients):
+        with pytest.raises(MeasurementError, match="not finite"):
+            measure(StepLoss(module), (x, y), N)
 
 
 class Checkpointed(MLP):

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_graddiv import per_example_squared_norms
-from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
+from lightning_graddiv.per_example.functional import functional_gradients
 from lightning_graddiv.per_example.guard import parameters_guarded, writes_refused
+from lightning_graddiv.per_example.losses import StepLoss
 from tests.models import MLP, Case, N, reference_norms, relative_error, state_of
 
 ENGINES = ["auto", "functional", "loop"]
@@ -61,6 +63,45 @@ def test_a_momentum_teacher_is_measured_and_stays_where_it_is(make, engine):
     norms = per_example_squared_norms(module, batch, engine=engine)
     assert state_of(module) == before
     assert relative_error(norms, reference_norms(module, batch)) < 1e-12
+
+
+class StartsEqual(TeacherData):
+    """At the first step teacher and student agree, so that nothing but the write itself gives it away."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(5, 3)
+        self.teacher.load_state_dict(self.net.state_dict())
+
+    def update_all(self):
+        with torch.no_grad():
+            self.update(self.teacher.weight, self.net.weight)
+
+    def training_step(self, batch, batch_idx):
+        self.update_all()
+        return F.mse_loss(self.net(batch[0]), self.teacher(batch[0]) + 1)
+
+
+@pytest.mark.filterwarnings("ignore:Engine `functional` cannot measure")
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_teacher_that_still_equals_its_student_is_found_too(engine):
+    module, batch = Case(StartsEqual).build()
+    before = state_of(module)
+    norms = per_example_squared_norms(module, batch, engine=engine)
+    assert state_of(module) == before
+    assert relative_error(norms, reference_norms(module, batch)) < 1e-12
+
+
+def test_replacing_data_within_a_transform_is_an_error_and_no_crash():
+    """Torch would end the process, were the parameter itself replaced there."""
+    module, batch = Case(TeacherData).build()
+    before = state_of(module)
+    for copies_frozen in (False, True):
+        loss = StepLoss(module)
+        loss.copies_frozen = copies_frozen
+        with pytest.raises(FunctionalEngineError, match="data"):
+            functional_gradients(loss, batch, N)
+    assert state_of(module) == before
 
 
 class Normalises(MLP):

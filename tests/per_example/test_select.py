@@ -156,7 +156,7 @@ def test_a_transient_nan_does_not_demote_the_engine(engine):
     broken = x.clone()
     broken[1, 0] = float("nan")
     measuring, loss = PerExampleEngine(engine), StepLoss(module)
-    for batch in [(x, y)] * 4:
+    for batch in [(x, y)] * 3:  # and no check at the next
         measuring.measure(loss, batch)
     for _ in range(2):
         with pytest.raises(MeasurementError, match="not finite") as refused:
@@ -169,7 +169,7 @@ def test_a_transient_nan_does_not_demote_the_engine(engine):
 def test_an_error_that_the_loop_shares_does_not_demote_the_engine():
     module, (x, y) = Case(MLP).build()
     engine, loss = PerExampleEngine("auto"), StepLoss(module)
-    for _ in range(4):
+    for _ in range(3):
         engine.measure(loss, (x, y))
     with pytest.raises(MeasurementError, match="part of its batch"):
         engine.measure(loss, (x[:, :2], y))
@@ -230,10 +230,27 @@ def test_checks_go_on_until_they_pass():
         with pytest.raises(MeasurementError, match="mixes"):
             engine.measure(loss, batch)
     module.mixes = False
-    engine.measure(loss, batch)
+    for _ in range(4):
+        engine.measure(loss, batch)
     module.mixes = True
     with pytest.raises(MeasurementError, match="mixes"):
         engine.measure(loss, batch)
+    engine.measure(loss, (batch[0][:1], batch[1][:1]))  # which proves nothing
+    with pytest.raises(MeasurementError, match="mixes"):
+        engine.measure(loss, batch)
+
+
+def test_batches_of_one_example_earn_no_trust():
+    class Mixes(MLP):
+        def logits(self, x):
+            return self.net(x + x.mean(0))
+
+    module, (x, y) = Case(lambda: Mixes()).build()
+    engine, loss = PerExampleEngine("auto"), StepLoss(module)
+    for _ in range(3):
+        engine.measure(loss, (x[:1], y[:1]))
+    with pytest.raises(MeasurementError, match="mixes"):
+        engine.measure(loss, (x, y))
 
 
 def test_noise_is_off_in_checks_only():

@@ -189,6 +189,15 @@ def test_a_minimum_may_pass():
     assert not refused.value.lasting
 
 
+def test_a_gradient_that_vanishes_in_company_is_refused():
+    class OnlyAlone(MLP):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (len(batch[0]) == 1)
+
+    with pytest.raises(MeasurementError, match="mixes the examples"):
+        measure(lambda: OnlyAlone(), "loop")
+
+
 class TokenMean(MLP):
     """Padded sequences whose loss averages over all tokens of the batch."""
 

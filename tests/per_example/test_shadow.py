@@ -452,6 +452,66 @@ def test_torchscript_is_refused():
         per_example_squared_norms(module, batch)
 
 
+class Draws(MLP):
+    """Unlabelled examples come from an iterator of the module's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.iterator = (torch.full((), float(i), dtype=torch.float64) for i in range(100))
+
+    def logits(self, x):
+        return self.net(x) * next(self.iterator)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_iterators_are_not_drawn_from(engine):
+    module, batch = Case(Draws).build()
+    with pytest.raises(MeasurementError, match="draws from an iterator") as refused:
+        per_example_squared_norms(module, batch, engine=engine)
+    assert refused.value.lasting
+    assert next(module.iterator) == 0
+
+
+class KeepsAGraph(MLP):
+    """A hook before the step computes with parameters what the step then uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.normalised = F.normalize(self.scale, dim=0)
+
+    def logits(self, x):
+        return self.net(x) * self.normalised
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_graph_that_began_before_the_step_is_refused_rather_than_cut(engine):
+    module, batch = Case(KeepsAGraph).build()
+    module.on_train_batch_start(batch, 0)
+    with pytest.raises(MeasurementError, match="computed before training_step began") as refused:
+        per_example_squared_norms(module, batch, engine=engine)
+    assert refused.value.lasting
+    module.training_step(batch, 0).backward()  # its graph is still there
+    module.normalised = module.normalised.detach()
+    per_example_squared_norms(module, batch, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_that_are_only_kept_are_no_part_of_the_graph(engine):
+    class Keeps(MLP):
+        def training_step(self, batch, batch_idx):
+            self.last = super().training_step(batch, batch_idx)
+            return self.last
+
+    module, batch = Case(lambda: Keeps()).build()
+    module.training_step(batch, 0)
+    norms = per_example_squared_norms(module, batch, engine=engine)
+    module.last = None
+    assert relative_error(norms, reference_norms(module, batch)) < 1e-12
+
+
 # Generators: independent for every example, and never the user's own
 
 
@@ -639,6 +699,38 @@ def _uncompiled(module):
     plain = MLP().to(torch.float64)
     plain.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()})
     return plain
+
+
+def test_a_shadow_holds_nothing_that_was_compiled():
+    assert type(shadow(CompiledChild()).net) is nn.Sequential
+    assert shadow(CompiledInPlace()).net._compiled_call_impl is None
+    unwrapped = from_compiled(torch.compile(MLP(), backend="eager"))
+    copied = shadow(unwrapped)
+    assert {"forward", "training_step"} <= set(vars(unwrapped))
+    assert not {"forward", "training_step", "_compiler_ctx"} & set(vars(copied))
+
+
+def test_measuring_compiles_nothing():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    class Compiles(MLP):
+        def __init__(self):
+            super().__init__()
+            self.function = torch.compile(self.net.forward, backend=backend)
+
+        def logits(self, x):
+            return self.function(x)
+
+    module, batch = Case(lambda: Compiles()).build()
+    for engine in ENGINES:
+        per_example_squared_norms(module, batch, engine=engine)
+    assert not compiled
+    module.training_step(batch, 0)
+    assert compiled
 
 
 @pytest.mark.parametrize("make", [SpectralNorm, OldSpectralNorm])
