@@ -100,7 +100,7 @@ def test_what_one_process_refuses_is_dropped_by_both(runs):
     first, second = runs(ddp_runs.one_process_refuses)
     assert first["measurements"] == second["measurements"] == 7
     assert "Another process could not measure" in first["said"][0]
-    assert "The loss is not finite" in second["said"][0]
+    assert "is not finite" in second["said"][0]
 
 
 def test_a_step_with_collectives_is_refused_and_trains_on(runs):

@@ -10,6 +10,7 @@ from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.functional import functional_gradients
 from lightning_graddiv.per_example.guard import parameters_guarded, writes_refused
 from lightning_graddiv.per_example.losses import StepLoss
+from lightning_graddiv.per_example.select import PerExampleEngine
 from tests.models import MLP, Case, N, reference_norms, relative_error, state_of
 
 ENGINES = ["auto", "functional", "loop"]
@@ -159,6 +160,37 @@ def test_a_write_between_the_checks_is_reported():
     module, _ = Case(MLP).build()
     with pytest.raises(MeasurementError, match=r"writes to `net.0.bias` itself"), parameters_guarded(module):
         torch.nn.init.zeros_(module.net[0].bias)
+
+
+class ReplacesAtTimes(MLP):
+    """A hard update of a target network, every so many steps."""
+
+    due = False
+
+    def training_step(self, batch, batch_idx):
+        if self.due:
+            self.net[0].bias.data = torch.zeros_like(self.net[0].bias)
+        return super().training_step(batch, batch_idx)
+
+
+def test_data_that_is_replaced_between_the_checks_is_put_back():
+    module, batch = Case(ReplacesAtTimes).build()
+    engine, loss = PerExampleEngine("loop"), StepLoss(module)
+    for _ in range(3):
+        engine.measure(loss, batch)
+    module.due = True
+    before = state_of(module)
+    with pytest.raises(MeasurementError, match=r"writes to `net.0.bias` itself"):
+        engine.measure(loss, batch)
+    assert state_of(module) == before
+
+
+def test_a_check_puts_replaced_data_back_before_anything_else_runs():
+    module, _ = Case(MLP).build()
+    before = state_of(module)
+    with pytest.raises(MeasurementError, match=r"writes to `net.0.bias` itself"), writes_refused(module):
+        module.net[0].bias.data = torch.zeros_like(module.net[0].bias)
+    assert state_of(module) == before
 
 
 def test_replaced_data_and_gradients_are_put_back_after_an_exception_too():
