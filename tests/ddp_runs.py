@@ -144,7 +144,25 @@ def collectives(rank):
     return {"measurements": monitor.measurements, "said": said}
 
 
+class Masked(Regression):
+    def __init__(self):
+        super().__init__()
+        self.net.insert(2, nn.Dropout(0.5))
+
+    def train_dataloader(self):
+        x, y = regression_data()
+        return DataLoader(TensorDataset(x, y), 8)
+
+
+def masks(rank):
+    """The same examples on both processes, so that their gradients differ by nothing but the masks."""
+    monitor = GradientDiversityMonitor(every_n_steps=1)
+    two_processes(monitor, use_distributed_sampler=False).fit(Masked())
+    return {"probes": [asdict(probe) for probe in monitor._window.probes]}
+
+
 RUNS = (
+    masks,
     uneven_shards,
     growth,
     same_data,

@@ -70,6 +70,12 @@ def test_and_those_of_our_own_single_process_engine(runs):
     assert probe["sq_norm_of_sum"] == pytest.approx(single.sq_norm_of_sum, rel=1e-12)
 
 
+def test_each_process_draws_masks_of_its_own(runs):
+    for probe in runs(ddp_runs.masks)[0]["probes"]:
+        with_equal_masks = 2 * probe["group_sq_norms_of_sums"]
+        assert probe["sq_norm_of_sum"] < 0.999 * with_equal_masks
+
+
 def test_the_batch_grows_alike_and_every_example_is_in_one_step(runs):
     first, second = runs(ddp_runs.growth)
     assert {key: first[key] for key in first} == second

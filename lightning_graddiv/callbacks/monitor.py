@@ -267,7 +267,10 @@ class GradientDiversityMonitor(Callback):
         try:
             parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
             loss = StepLoss(pl_module, step_args=args[1:], parameters=parameters)
-            sums = self._engine.measure(loss, args[0], at_most=drawn_batch_size(single_train_loader(trainer))).sums()
+            at_most = drawn_batch_size(single_train_loader(trainer))
+            # Fresh noise in each measurement and on each process: with equal masks, gradients would be too much alike.
+            seed = self.measurements * trainer.world_size + trainer.global_rank
+            sums = self._engine.measure(loss, args[0], at_most=at_most, seed=seed).sums()
             sums.moments()  # refuses what is not finite before other processes count on it
         except Exception as error:  # measuring must never end a training run
             return None, error

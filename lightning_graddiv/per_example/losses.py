@@ -77,8 +77,12 @@ class StepLoss:
 
 
 @contextmanager
-def measuring(module: nn.Module) -> Iterator[None]:
+def measuring(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Keep a measurement from touching training: random states are put back, autocast is off, loggers are silent.
+
+    Args:
+        module: the module that is measured.
+        seed: of the measurement's own noise. None: as if it were training's.
 
     Raises:
         MeasurementError: the step wrote to a parameter.
@@ -86,7 +90,7 @@ def measuring(module: nn.Module) -> Iterator[None]:
     trainer = getattr(module, "_trainer", None)
     devices = {"cpu", *(parameter.device.type for parameter in module.parameters())}
     with ExitStack() as stack:
-        stack.enter_context(_random_states_put_back())
+        stack.enter_context(_random_states_put_back(seed))
         stack.enter_context(parameters_guarded(module))
         stack.enter_context(torch.enable_grad())
         for device in devices:
@@ -101,12 +105,16 @@ def measuring(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states_put_back() -> Iterator[None]:
+def _random_states_put_back(seed: int | None) -> Iterator[None]:
     """Put back every global random state, also after an exception (which Lightning's ``isolate_rng`` does not)."""
     states: tuple[Any, Any] = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         with torch.random.fork_rng(devices):
+            if seed is not None:
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)
             yield
     finally:
         random.setstate(states[0])

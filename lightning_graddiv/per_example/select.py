@@ -52,13 +52,16 @@ class PerExampleEngine:
         self._is_trusted = False
         self._copies_frozen = False
 
-    def measure(self, loss: StepLoss, batch: Any, *, at_most: int | None = None) -> PerExampleGradients:
+    def measure(
+        self, loss: StepLoss, batch: Any, *, at_most: int | None = None, seed: int | None = None
+    ) -> PerExampleGradients:
         """Return the squared norms and the sum of the batch's per-example gradients.
 
         Args:
             loss: the step's loss.
             batch: a batch of examples.
             at_most: how many examples the loader draws for a full batch, where known.
+            seed: of the noise in the step, such as dropout. None: the present random state.
 
         Raises:
             MeasurementError: the batch cannot be split into examples, or the loss is not finite.
@@ -69,17 +72,17 @@ class PerExampleEngine:
             batch, total = select(batch, examples, total), self._max_examples
         loss.copies_frozen |= self._copies_frozen
         try:
-            measured = self._checked_when_due(loss, batch, total)
+            measured = self._checked_when_due(loss, batch, total, seed)
         except FrozenParameterWritten:
             if loss.copies_frozen:
                 raise
             self._copies_frozen = loss.copies_frozen = True
-            measured = self._checked_when_due(loss, batch, total)
+            measured = self._checked_when_due(loss, batch, total, seed)
         self._measured += 1
         return measured
 
-    def _checked_when_due(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
-        with measuring(loss.module):
+    def _checked_when_due(self, loss: StepLoss, batch: Any, total: int, seed: int | None) -> PerExampleGradients:
+        with measuring(loss.module, seed):
             if total == 1:  # nothing to compare with: the reference itself, at the same cost
                 return loop_gradients(loss, batch, total)
             if self._is_trusted and not _is_check_due(self._measured):
