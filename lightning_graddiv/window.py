@@ -18,7 +18,7 @@ class _Probe:
     learning_rate: float
     examples_seen: float
 
-    def before_drop_to(self, learning_rate: float) -> bool:
+    def is_before_drop_to(self, learning_rate: float) -> bool:
         # The tolerance is for schedulers that multiply their way to one half. At a rate of 0 nothing moves.
         return self.learning_rate > 0 and self.learning_rate >= 2 * learning_rate * (1 - 1e-9)
 
@@ -59,7 +59,7 @@ class ProbeWindow:
 
     def append(self, moments: GradientMoments, *, learning_rate: float, examples_seen: float) -> None:
         """Add a probe taken at ``learning_rate`` after ``examples_seen`` examples; forget the outdated."""
-        kept = [probe for probe in self._probes if not probe.before_drop_to(learning_rate)]
+        kept = [probe for probe in self._probes if not probe.is_before_drop_to(learning_rate)]
         kept.append(_Probe(moments, learning_rate, examples_seen))
         oldest = examples_seen - self.max_age_examples
         protected = len(kept) - _MIN_PROBES_KEPT_BY_AGE

@@ -25,6 +25,7 @@ class BatchResizer:
 
     Args:
         trainer: the trainer, before its loaders are set up.
+        max_batch_size: the largest effective batch size, at least the one that training starts with.
         max_micro_batch_size: the most examples that one process takes at a time; None for the default.
         batch_size: asked, once loaders exist, for the effective batch size to go on with; None for the loader's own.
         on_epoch: called when an epoch is about to start; see :class:`.loops.TrainLoaderWatch`.
@@ -39,6 +40,7 @@ class BatchResizer:
         self,
         trainer: Any,
         *,
+        max_batch_size: int,
         max_micro_batch_size: int | None,
         batch_size: Callable[[], int | None],
         on_epoch: Callable[[], None],
@@ -46,6 +48,7 @@ class BatchResizer:
         self.base = BatchPlan(1)
         self.plan = BatchPlan(1)
         self._trainer = trainer
+        self._max_batch_size = max_batch_size
         self._max_micro_batch_size = max_micro_batch_size
         self._batch_size = batch_size
         self._accumulate = trainer.accumulate_grad_batches
@@ -105,6 +108,11 @@ class BatchResizer:
                 "resized. Use a DataLoader with `batch_size`, or a batch sampler that has a `batch_size`."
             )
         self.base = BatchPlan(micro_batch_size, self._accumulate, self._trainer.world_size)
+        if self._max_batch_size < self.base.batch_size:
+            raise MisconfigurationException(
+                f"Expected argument `max_batch_size` to be at least the effective batch size that training starts "
+                f"with, {self.base.batch_size} ({self.base}), but got {self._max_batch_size}"
+            )
         limit = self._micro_batch_limit(loader)
         if limit < micro_batch_size:
             raise MisconfigurationException(

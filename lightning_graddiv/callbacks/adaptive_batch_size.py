@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -135,6 +134,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         refuse_other_resizers(trainer, self)
         self._resizer = BatchResizer(
             trainer,
+            max_batch_size=self.max_batch_size,
             max_micro_batch_size=self.max_micro_batch_size,
             batch_size=lambda: self.batch_size if self.history else None,
             on_epoch=lambda: self._on_epoch(trainer),
@@ -226,11 +226,6 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         """The loaders are ready and an epoch is about to start."""
         resizer = self._running()
         self.batch_size = resizer.plan.batch_size
-        if self.max_batch_size < resizer.base.batch_size:
-            raise MisconfigurationException(
-                f"Expected argument `max_batch_size` to be at least the effective batch size that training starts "
-                f"with, {resizer.base.batch_size} ({resizer.base}), but got {self.max_batch_size}"
-            )
         if resizer.is_running and draws_a_new_epoch(trainer):
             self._decide(trainer)
 

@@ -1,6 +1,5 @@
 """The callback that measures gradient diversity while a model trains."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +16,7 @@ from lightning_graddiv.callbacks.checks import (
     require_replicated_parameters,
 )
 from lightning_graddiv.callbacks.refusals import Refusals
+from lightning_graddiv.callbacks.report import metrics_of, report
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
 from lightning_graddiv.callbacks.tap import TrainingStepTap
 from lightning_graddiv.distributed import agreed_over_ranks, pool_over_ranks
@@ -25,12 +25,11 @@ from lightning_graddiv.diversity import (
     DiversityEstimate,
     GradientMoments,
     GradientSums,
-    between_rank_excess,
 )
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.select import PerExampleEngine
-from lightning_graddiv.theory import gain
+from lightning_graddiv.rank_check import between_rank_excess
 from lightning_graddiv.window import ProbeWindow
 
 _SAME_DATA_EXCESS = 4.0
@@ -287,31 +286,13 @@ class GradientDiversityMonitor(Callback):
             )
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, estimate: DiversityEstimate) -> None:
-        if trainer.barebones:
-            return
-        metrics = {f"{self.log_prefix}/{name}": value for name, value in self._metrics(trainer, estimate).items()}
-        # self.log reaches loggers only every log_every_n_steps, and then repeats stale values.
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=self._measured_step)
-        shown = f"{self.log_prefix}/batch_size_bound"
-        for name, value in metrics.items():
-            pl_module.log(name, value, prog_bar=name == shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
-
-    def _metrics(self, trainer: Trainer, estimate: DiversityEstimate) -> Mapping[str, float]:
-        batch_size = self._effective_batch_size(trainer)
-        metrics = {
-            "batch_size_bound": estimate.bound,
-            "bound_lower": estimate.lower,
-            "bound_upper": estimate.upper,
-            "noise_scale": estimate.noise_scale,
-            "grad_sq_norm": estimate.signal,
-            "second_moment": estimate.second_moment,
-            "batch_size": float(batch_size),
-            "learning_rate": self._measured_learning_rate * self._learning_rate_factor(),
-            "sample_efficiency": gain(batch_size, estimate.bound) / batch_size,
-            "overhead": self._stopwatch.overhead,
-        }
-        return metrics if estimate.diversity is None else {**metrics, "diversity": estimate.diversity}
+        metrics = metrics_of(
+            estimate,
+            batch_size=self._effective_batch_size(trainer),
+            learning_rate=self._measured_learning_rate * self._learning_rate_factor(),
+            overhead=self._stopwatch.overhead,
+        )
+        report(trainer, pl_module, metrics, prefix=self.log_prefix, step=self._measured_step)
 
     def _effective_batch_size(self, trainer: Trainer) -> int:
         drawn = drawn_batch_size(single_train_loader(trainer))

@@ -11,7 +11,9 @@ from tests.audit import quiet_trainer
 def test_a_batch_that_the_processes_cannot_share_is_refused():
     """As after a checkpoint of two processes, on three."""
     trainer = quiet_trainer()
-    resizer = BatchResizer(trainer, max_micro_batch_size=None, batch_size=lambda: None, on_epoch=lambda: None)
+    resizer = BatchResizer(
+        trainer, max_batch_size=64, max_micro_batch_size=None, batch_size=lambda: None, on_epoch=lambda: None
+    )
     resizer.base = BatchPlan(4, 1, 3)
     with pytest.raises(MisconfigurationException, match="16 examples cannot be shared equally by 3 processes"):
         resizer.resize(16)

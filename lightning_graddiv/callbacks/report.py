@@ -1,0 +1,51 @@
+"""What a measurement says to loggers, progress bar and other callbacks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_graddiv.diversity import DiversityEstimate
+from lightning_graddiv.theory import gain
+
+_SHOWN = "batch_size_bound"
+"""The one number that the progress bar has room for."""
+
+
+def metrics_of(
+    estimate: DiversityEstimate, *, batch_size: int, learning_rate: float, overhead: float
+) -> dict[str, float]:
+    """Return what is logged of an estimate, by name.
+
+    Args:
+        estimate: the estimate.
+        batch_size: effective batch size, examples per optimizer step.
+        learning_rate: the rate of the measured step.
+        overhead: seconds of measuring over seconds of training without.
+    """
+    metrics = {
+        "batch_size_bound": estimate.bound,
+        "bound_lower": estimate.lower,
+        "bound_upper": estimate.upper,
+        "noise_scale": estimate.noise_scale,
+        "grad_sq_norm": estimate.signal,
+        "second_moment": estimate.second_moment,
+        "batch_size": float(batch_size),
+        "learning_rate": learning_rate,
+        "sample_efficiency": gain(batch_size, estimate.bound) / batch_size,
+        "overhead": overhead,
+    }
+    return metrics if estimate.diversity is None else {**metrics, "diversity": estimate.diversity}
+
+
+def report(trainer: Any, module: Any, metrics: Mapping[str, float], *, prefix: str, step: int) -> None:
+    """Send metrics to every logger now, and to the progress bar and ``callback_metrics``.
+
+    ``self.log`` alone would reach loggers only every ``log_every_n_steps``, and then repeat stale values.
+    """
+    if trainer.barebones:
+        return
+    named = {f"{prefix}/{name}": value for name, value in metrics.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(named, step=step)
+    for name, value in named.items():
+        shown = name == f"{prefix}/{_SHOWN}"
+        module.log(name, value, prog_bar=shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
