@@ -9,7 +9,7 @@ from typing import Any
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments, estimate_diversity
 
 # Old probes are better than an interval from three: age alone never leaves fewer than this.
-_MIN_PROBES_KEPT_BY_AGE = 8
+MIN_PROBES_KEPT_BY_AGE = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ProbeWindow:
         kept = [probe for probe in self._probes if not probe.is_before_drop_to(learning_rate)]
         kept.append(_Probe(moments, learning_rate, examples_seen))
         oldest = examples_seen - self.max_age_examples
-        protected = len(kept) - _MIN_PROBES_KEPT_BY_AGE
+        protected = len(kept) - MIN_PROBES_KEPT_BY_AGE
         kept = [probe for i, probe in enumerate(kept) if i >= protected or probe.examples_seen >= oldest]
         self._probes = kept[-self.size :]
 

@@ -161,7 +161,22 @@ def masks(rank):
     return {"probes": [asdict(probe) for probe in monitor._window.probes]}
 
 
+def leftovers(rank):
+    """Nine examples on one process and ten on the other: the last batch holds a pair on one of them only."""
+
+    class Tails(AuditModule):
+        def train_dataloader(self):
+            rows = torch.eye(19)
+            return DataLoader(TensorDataset(rows[:9] if self.trainer.global_rank == 0 else rows[9:]), 4)
+
+    monitor = GradientDiversityMonitor(every_n_steps=3)
+    trainer = two_processes(monitor, epochs=2, use_distributed_sampler=False)
+    trainer.fit(Tails(19))
+    return {"measurements": monitor.measurements, "steps": trainer.global_step}
+
+
 RUNS = (
+    leftovers,
     masks,
     uneven_shards,
     growth,

@@ -76,6 +76,10 @@ def test_each_process_draws_masks_of_its_own(runs):
         assert probe["sq_norm_of_sum"] < 0.999 * with_equal_masks
 
 
+def test_a_last_batch_with_a_pair_on_one_process_only_is_measured_by_both(runs):
+    assert runs(ddp_runs.leftovers) == [{"measurements": 2, "steps": 6}] * 2
+
+
 def test_the_batch_grows_alike_and_every_example_is_in_one_step(runs):
     first, second = runs(ddp_runs.growth)
     assert {key: first[key] for key in first} == second

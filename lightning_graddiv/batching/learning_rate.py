@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.optim import ASGD, SGD, Optimizer
+from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
 from lightning_graddiv.theory import gain
 
@@ -44,8 +44,9 @@ def learning_rate_factor(
 
 
 def largest_learning_rate(optimizer: Optimizer) -> float:
-    """Return the largest learning rate of any parameter group."""
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+    """Return the largest learning rate of any parameter group; 0 where the optimizer sets its own."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
+    return max(rates, default=0.0)
 
 
 class LearningRateScale:
@@ -62,7 +63,7 @@ class LearningRateScale:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Scale this optimizer's steps from now on."""
-        before = optimizer.register_step_pre_hook(lambda optimizer, *_: self._scale(optimizer))
+        before = optimizer.register_step_pre_hook(self._before_step)
         after = optimizer.register_step_post_hook(lambda *_: self._restore())
         self._undo = [before.remove, after.remove]
 
@@ -73,10 +74,27 @@ class LearningRateScale:
             undo()
         self._undo = []
 
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Scale after the closure, in which Lightning runs the whole training step and the hooks around it."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
+        if closure is None or isinstance(optimizer, LBFGS):  # which reads its rate before the closure
+            self._scale(optimizer)
+            return None
+
+        def closure_then_scale() -> Any:
+            self._restore()
+            loss = closure()
+            self._scale(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_then_scale, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_scale}
+
     def _scale(self, optimizer: Optimizer) -> None:
         if self.factor == 1.0 or self._groups:
             return
-        self._groups = [(group, group["lr"]) for group in optimizer.param_groups]
+        self._groups = [(group, group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
         for group, learning_rate in self._groups:
             group["lr"] = learning_rate * self.factor
 

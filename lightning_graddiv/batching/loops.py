@@ -20,28 +20,37 @@ class TrainLoaderWatch:
 
     Args:
         trainer: the trainer; its fit loop is watched until :meth:`remove`.
-        on_loader: called with each final training loader (samplers injected), before its length is read.
+        on_loader: called with each final training loader (samplers injected), before its length is read; returns the
+            loader to use.
+        is_resized: whether batches have another size than the user's.
         on_epoch: called at each start of an epoch, before anybody's ``on_train_epoch_start`` and before the epoch's
             iterator is made (the first epoch's exists already), and once when the loaders are set up.
     """
 
-    def __init__(self, trainer: Any, on_loader: Callable[[Any], None], on_epoch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        on_loader: Callable[[Any], Any],
+        is_resized: Callable[[], bool],
+        on_epoch: Callable[[], None],
+    ) -> None:
         self._trainer = trainer
         set_up = trainer.fit_loop.setup_data
 
         def watched() -> None:
             process = trainer.strategy.process_dataloader
-
-            def process_and_tell(loader: Any) -> Any:
-                loader = process(loader)
-                on_loader(loader)
-                return loader
-
-            trainer.strategy.process_dataloader = process_and_tell
+            trainer.strategy.process_dataloader = lambda loader: on_loader(process(loader))
+            interval = trainer.val_check_interval
+            if is_resized() and isinstance(interval, int):  # Lightning refuses one that is longer than the epoch
+                trainer.val_check_interval = 1.0
             try:
                 set_up()
             finally:
+                trainer.val_check_interval = interval
                 trainer.strategy.__dict__.pop("process_dataloader", None)
+            if is_resized() and train_loaders(trainer):
+                refresh_lengths(trainer)
             on_epoch()
 
         trainer.fit_loop.setup_data = watched
@@ -89,13 +98,14 @@ def refresh_lengths(trainer: Any) -> None:
     batches = sized_len(combined)
     fit_loop.max_batches = float("inf") if batches is None else batches
     fit_loop._data_fetcher.length = batches
-    if trainer.val_check_batch is None or fit_loop.max_batches == float("inf"):
+    if trainer.val_check_batch is None:  # validation goes by the clock
         return
     interval = trainer.val_check_interval
-    if isinstance(interval, float):
+    if isinstance(interval, int):
+        every_epoch = trainer.check_val_every_n_epoch is not None
+        trainer.val_check_batch = min(interval, fit_loop.max_batches) if every_epoch else interval
+    elif fit_loop.max_batches != float("inf"):
         trainer.val_check_batch = max(1, int(fit_loop.max_batches * interval))
-    elif trainer.check_val_every_n_epoch is not None:
-        trainer.val_check_batch = min(interval, fit_loop.max_batches)
 
 
 def restart_iterator(trainer: Any) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +31,7 @@ from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
 from lightning_graddiv.distributed import smallest_over_ranks
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
+from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
 
 
 class AdaptiveBatchSize(GradientDiversityMonitor):
@@ -126,6 +128,12 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._throughput = Throughput()
         self._batch_started = 0.0
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """One resizes the batch: a run goes on with it whatever its other arguments are then."""
+        return type(self).__qualname__
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -155,6 +163,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self._epoch_is_open = True
 
     @override
@@ -199,6 +208,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             "epoch_is_open": self._epoch_is_open,
             "measured_since_growth": self._measured_since_growth,
             "learning_rate_factor": self._scale.factor,
+            "loss": self._loss,
+            "moments": None if self._moments is None else asdict(self._moments),
+            "throughput": self._throughput.state_dict(),
         }
 
     @override
@@ -211,6 +223,10 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._epoch_is_open = state_dict["epoch_is_open"]
         self._measured_since_growth = state_dict["measured_since_growth"]
         self._scale.factor = state_dict["learning_rate_factor"]
+        self._loss = state_dict["loss"]
+        moments = state_dict["moments"]
+        self._moments = None if moments is None else GradientMoments(**moments)
+        self._throughput.load_state_dict(state_dict["throughput"])
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -245,10 +261,18 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     def _has_measured_enough(self) -> bool:
         """A drop of the learning rate empties the window too, and the interval of a few probes is a gamble."""
         is_cool = not self.history or self._measured_since_growth >= self.cooldown
-        return is_cool and len(self._window) >= min(self.cooldown, self._window.size)
+        return is_cool and len(self._window) >= min(self.cooldown, self._window.size, MIN_PROBES_KEPT_BY_AGE)
 
     def _allowed(self, trainer: Trainer, estimate: DiversityEstimate, run: RunState) -> float:
         allowed = float(self.policy(estimate, run))
+        target = self.batch_size * self.growth_factor
+        if target <= min(allowed, self.max_batch_size) and not self._running().fits_an_epoch(target):
+            if self._refusals.is_new("epoch"):
+                rank_zero_warn(
+                    f"AdaptiveBatchSize: an epoch does not hold a single batch of {target} examples, so the batch "
+                    f"stays at {self.batch_size}."
+                )
+            allowed = 0.0
         return smallest_over_ranks(0.0 if math.isnan(allowed) else allowed, trainer.strategy.root_device)
 
     def _grow(self, trainer: Trainer, target: int, allowed: float, estimate: DiversityEstimate) -> None:
@@ -257,7 +281,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._scale.factor = learning_rate_factor(
             self.scale_lr,
             batch_size=target,
-            base_batch_size=resizer.base.batch_size,
+            base_batch_size=self.history[0].from_batch_size if self.history else self.batch_size,
             bound=estimate.lower,
             optimizer=trainer.optimizers[0],
         )

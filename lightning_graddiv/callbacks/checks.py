@@ -60,3 +60,16 @@ def refuse_other_resizers(trainer: Any, callback: Any) -> None:
             )
         if "AdaptiveBatchSize" in names and other is not callback:
             raise MisconfigurationException("Only one AdaptiveBatchSize can resize the batch: remove the others.")
+
+
+def require_own_prefix(trainer: Any, callback: Any) -> None:
+    """Refuse two callbacks that would log under the same names.
+
+    Raises:
+        MisconfigurationException: there are two.
+    """
+    for other in trainer.callbacks:
+        if other is not callback and getattr(other, "log_prefix", None) == callback.log_prefix:
+            raise MisconfigurationException(
+                f"Two callbacks log under `{callback.log_prefix}/`: give one of them another `log_prefix`."
+            )

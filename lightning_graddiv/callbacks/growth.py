@@ -64,6 +64,15 @@ class Throughput:
         self._examples[batch_size] += examples
         self._seconds[batch_size] += seconds
 
+    def state_dict(self) -> dict[str, dict[int, float]]:
+        """Return the sums as primitives."""
+        return {"examples": dict(self._examples), "seconds": dict(self._seconds)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[int, float]]) -> None:
+        """Go on from the sums of :meth:`state_dict`."""
+        self._examples.update(state["examples"])
+        self._seconds.update(state["seconds"])
+
     def per_second(self) -> Mapping[int, float]:
         """Return examples per second by effective batch size."""
         return {size: self._examples[size] / seconds for size, seconds in self._seconds.items() if seconds > 0}

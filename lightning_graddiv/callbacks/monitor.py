@@ -13,6 +13,7 @@ from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
 from lightning_graddiv.callbacks.checks import (
     require,
     require_one_automatic_optimizer,
+    require_own_prefix,
     require_replicated_parameters,
 )
 from lightning_graddiv.callbacks.refusals import Refusals
@@ -112,6 +113,8 @@ class GradientDiversityMonitor(Callback):
         self._measured_step = 0
         self._measured_learning_rate = 0.0
         self._stepped = False
+        self._is_due = False
+        self._size: tuple[int | None, int] | None = None
         self._refusals = Refusals()
 
     @property
@@ -129,6 +132,7 @@ class GradientDiversityMonitor(Callback):
         if stage != "fit":
             return
         require_replicated_parameters(trainer.strategy, type(self).__name__)
+        require_own_prefix(trainer, self)
         if trainer.global_step == 0:  # a new training; a checkpoint's state is loaded after this
             self._forget()
 
@@ -138,15 +142,15 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader = single_train_loader(trainer)
-        self._dataset_size = agreed_over_ranks(
-            distinct_examples(loader, trainer.num_training_batches, trainer.world_size), trainer.strategy.root_device
-        )
-        self._window.max_age_examples = float(self._dataset_size or "inf")
+        self._count_dataset(trainer)
         if len(self._window) > 0:
             self.latest = self._window.estimate(self._dataset_size, self.confidence)
         self._stopwatch = Stopwatch()
         self._stopwatch.resume()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._count_dataset(trainer)  # a limit in batches reaches more examples after growth
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,12 +163,12 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._disarm()  # a hook that skipped the last batch has skipped on_train_batch_end too
         self._stepped = False
-        loader = single_train_loader(trainer)
-        is_leftover = drawn_examples(loader, batch_idx) == 1 and drawn_batch_size(loader) != 1  # holds no pairs
         opens_a_step = batch_idx % trainer.accumulate_grad_batches == 0
-        is_due = (self.optimizer_steps + 1) % self.every_n_steps == 0
-        if opens_a_step and is_due and not is_leftover and not self._refusals.is_final:
+        # From nothing but what all processes share: they reduce their sums together.
+        self._is_due |= opens_a_step and (self.optimizer_steps + 1) % self.every_n_steps == 0
+        if opens_a_step and self._is_due and not self._refusals.is_final:
             learning_rate = largest_learning_rate(trainer.optimizers[0])
             self._tap = TrainingStepTap(
                 trainer.strategy, lambda args: self._measure(trainer, pl_module, args, learning_rate)
@@ -218,6 +222,11 @@ class GradientDiversityMonitor(Callback):
             "_tap": None
         }
 
+    def _count_dataset(self, trainer: Trainer) -> None:
+        examples = distinct_examples(single_train_loader(trainer), trainer.num_training_batches, trainer.world_size)
+        self._dataset_size = agreed_over_ranks(examples, trainer.strategy.root_device)
+        self._window.max_age_examples = float(self._dataset_size or "inf")
+
     def _disarm(self) -> None:
         if self._tap is not None:
             self._tap.remove()
@@ -230,9 +239,15 @@ class GradientDiversityMonitor(Callback):
         self._tap = None
         with self._stopwatch.measuring(trainer.strategy.root_device):
             moments, refusal = self._probe(trainer, pl_module, args)
+            if moments is not None and moments.count < 2 and drawn_batch_size(single_train_loader(trainer)) != 1:
+                return  # a last batch of one example holds no pairs: the next is due
+            self._is_due = False
+            if moments is not None and moments.count < 2:
+                moments, refusal = None, MeasurementError("The batch holds one example, and diversity is about pairs.")
             if moments is None:
                 self._refusals.say(type(self).__name__, trainer.global_step, refusal)
                 return
+            self._restart_if_resized(trainer)
             self.measurements += 1
             self._measured = moments
             self._measured_step = trainer.global_step
@@ -240,6 +255,13 @@ class GradientDiversityMonitor(Callback):
             self._window.append(moments, learning_rate=learning_rate, examples_seen=self.examples_seen)
             self.latest = self._window.estimate(self._dataset_size, self.confidence)
             self._check_ranks()
+
+    def _restart_if_resized(self, trainer: Trainer) -> None:
+        """Begin a new window where somebody else has changed the size of the batch."""
+        size = (drawn_batch_size(single_train_loader(trainer)), trainer.accumulate_grad_batches)
+        if self._size is not None and size != self._size:
+            self._window.clear()
+        self._size = size
 
     def _probe(
         self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]
@@ -252,10 +274,6 @@ class GradientDiversityMonitor(Callback):
         except ValueError as error:  # the pooled sums are not finite, on every process alike
             moments, refusal = None, error
         self._refusals.count(lasting=lasting)
-        if moments is not None and moments.count < 2:
-            return None, MeasurementError(
-                "The batch holds one example, and diversity is about pairs: use a larger batch."
-            )
         if moments is not None and moments.sum_sq_norms == 0:
             return None, MeasurementError("Every per-example gradient is exactly zero: their diversity is undefined.")
         return moments, refusal

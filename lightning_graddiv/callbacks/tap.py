@@ -18,15 +18,21 @@ class TrainingStepTap:
 
     def __init__(self, strategy: Any, function: Callable[[tuple[Any, ...]], None]) -> None:
         self._strategy = strategy
+        self._is_armed = True
         step = strategy.training_step
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
+            is_armed = self._is_armed
             self.remove()
-            function(args)
+            if is_armed:
+                function(args)
             return step(*args, **kwargs)
 
+        self._tapped = tapped
         strategy.training_step = tapped
 
     def remove(self) -> None:
-        """Disarm; may be called more than once."""
-        self._strategy.__dict__.pop("training_step", None)
+        """Disarm; may be called more than once. Another tap that was put on later stays."""
+        self._is_armed = False
+        if self._strategy.__dict__.get("training_step") is self._tapped:
+            del self._strategy.training_step

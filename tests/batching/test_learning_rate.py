@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_graddiv.batching.learning_rate import LearningRateScale, learning_rate_factor
+from lightning_graddiv.batching.learning_rate import LearningRateScale, largest_learning_rate, learning_rate_factor
 
 W = nn.Parameter(torch.zeros(2))
 SGD = torch.optim.SGD([W], 0.1)
@@ -71,7 +71,26 @@ def test_a_scheduler_composes_without_drift():
     assert float(w[0].detach()) == pytest.approx(-0.4 * (1 + 0.5 + 0.25))
 
 
-def test_detaching_after_a_failed_step_gives_the_rate_back():
+def test_the_closure_runs_at_the_users_rate_and_the_update_at_the_scaled_one():
+    scale = LearningRateScale(4.0)
+    w, optimizer = stepping(scale)
+    seen = []
+    optimizer.step(lambda: seen.append(optimizer.param_groups[0]["lr"]))
+    assert seen == [0.1]
+    assert torch.equal(w, torch.full((2,), -0.4))
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_optimizers_that_set_their_own_rate_are_left_alone():
+    scale = LearningRateScale(4.0)
+    _, optimizer = stepping(scale)
+    optimizer.param_groups[0]["lr"] = None
+    assert largest_learning_rate(optimizer) == 0
+    scale._scale(optimizer)
+    assert optimizer.param_groups[0]["lr"] is None
+
+
+def test_a_failed_step_leaves_the_users_rate():
     scale = LearningRateScale(4.0)
     _, optimizer = stepping(scale)
 
@@ -80,7 +99,7 @@ def test_detaching_after_a_failed_step_gives_the_rate_back():
 
     with pytest.raises(KeyError):
         optimizer.step(fails)
-    assert optimizer.param_groups[0]["lr"] == 0.4
+    assert optimizer.param_groups[0]["lr"] == 0.1
     scale.detach()
     scale.detach()
     assert optimizer.param_groups[0]["lr"] == 0.1

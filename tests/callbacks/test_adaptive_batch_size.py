@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
-from lightning_graddiv import AdaptiveBatchSize, DiversityBound, RunState
+from lightning_graddiv import AdaptiveBatchSize, DiversityBound, GradientDiversityMonitor, RunState
 from tests.audit import (
     AuditModule,
     ValidatedAudit,
@@ -77,8 +77,16 @@ class TestArguments:
             fit(adaptive(), callbacks=[GradientAccumulationScheduler({1: 2})])
 
     def test_a_second_one_is_refused(self):
+        class Another(AdaptiveBatchSize):
+            pass
+
+        second = Another(every_n_steps=7, max_batch_size=16, log_prefix="second")
         with pytest.raises(MisconfigurationException, match="Only one"):
-            fit(adaptive(), callbacks=[adaptive(every_n_steps=7)])
+            fit(adaptive(), callbacks=[second])
+
+    def test_two_that_log_under_one_name_are_refused(self):
+        with pytest.raises(MisconfigurationException, match="Two callbacks log under `graddiv/`"):
+            fit(adaptive(), callbacks=[GradientDiversityMonitor()])
 
     def test_several_training_loaders_are_refused(self):
         class Both(AuditModule):
@@ -132,7 +140,7 @@ class TestGrowth:
     def test_waits_for_as_many_probes_as_it_cools_down(self):
         module, _ = fit(adaptive(cooldown=17))  # 16 measurements in the first epoch; the window holds no more
         assert sizes_by_epoch(module) == [4, 8, 8, 8]
-        module, _ = fit(adaptive(cooldown=17, window=32))
+        module, _ = fit(adaptive(cooldown=17, every_n_steps=3))  # 5 by the end of the first epoch, 10 of the second
         assert sizes_by_epoch(module) == [4, 4, 8, 8]
 
     def test_a_window_that_restarted_with_the_learning_rate_is_too_short_to_decide_on(self):
@@ -267,6 +275,74 @@ class TestTheEpochStaysAnEpoch:
     def test_a_number_of_batches_stays_that_number(self):
         module, _ = fit(adaptive(), limit_train_batches=5)
         assert [len(module.steps_of(epoch)) for epoch in range(4)] == [5, 5, 4, 4]
+
+    @pytest.mark.parametrize("drop_last", [False, True])
+    def test_an_epoch_holds_a_whole_batch(self, drop_last):
+        callback = adaptive(max_batch_size=512, policy=lambda estimate, run: math.inf)
+        with warned("an epoch does not hold a single batch of 128 examples") as messages:
+            _, trainer = fit(callback, train=loader(100, 8, drop_last=drop_last), module=AuditModule(100), epochs=8)
+        assert len(messages) == 1
+        assert callback.batch_size == 64
+        assert trainer.current_epoch == 8
+
+    def test_a_fraction_of_an_epoch_holds_a_whole_batch(self):
+        callback = adaptive(max_batch_size=512, policy=lambda estimate, run: math.inf)
+        with warned("an epoch does not hold"):
+            fit(callback, limit_train_batches=0.25, epochs=6)
+        assert callback.batch_size == 16
+
+    @pytest.mark.parametrize("reload", [0, 1])
+    def test_an_interval_longer_than_a_grown_epoch_survives_loaders_made_anew(self, reload, tmp_path):
+        class OwnLoaders(ValidatedAudit):
+            def train_dataloader(self):
+                return loader(EXAMPLES, 4, shuffle=False)
+
+            def val_dataloader(self):
+                return loader(EXAMPLES, 8, shuffle=False)
+
+        def trainer(epochs):
+            checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+            return quiet_trainer(
+                max_epochs=epochs,
+                callbacks=[adaptive(), checkpoint],
+                enable_checkpointing=True,
+                val_check_interval=10,
+                reload_dataloaders_every_n_epochs=reload,
+            )
+
+        module = OwnLoaders(EXAMPLES)
+        trainer(3).fit(module)
+        assert set(module.validations) == {0, 1, 2}
+        resumed = OwnLoaders(EXAMPLES)
+        trainer(5).fit(resumed, ckpt_path=str(tmp_path / "last.ckpt"))
+        assert set(resumed.validations) >= {3, 4}
+
+    def test_a_loader_that_serves_for_validation_too_stays_as_it_is(self):
+        seen = []
+
+        class Sizes(ValidatedAudit):
+            def validation_step(self, batch, batch_idx):
+                seen.append(len(batch[0]))
+
+        mine = loader(EXAMPLES, 4, shuffle=False)
+        fit(adaptive(), module=Sizes(EXAMPLES), train=mine, val=mine)
+        assert set(seen) == {4}
+
+    def test_loaders_made_anew_do_not_pile_up(self):
+        import multiprocessing
+
+        alive = []
+
+        class OwnLoader(AuditModule):
+            def train_dataloader(self):
+                return loader(EXAMPLES, 4, num_workers=1, persistent_workers=True)
+
+            def on_train_epoch_end(self):
+                alive.append(len(multiprocessing.active_children()))
+
+        trainer = quiet_trainer(max_epochs=4, callbacks=[adaptive()], reload_dataloaders_every_n_epochs=1)
+        trainer.fit(OwnLoader(EXAMPLES))
+        assert max(alive) <= 2
 
     @pytest.mark.parametrize("first", [True, False])
     def test_the_progress_bar_knows_the_length(self, first, capsys):
@@ -405,10 +481,11 @@ class TestLearningRate:
         class Recorded(AuditModule):
             def configure_optimizers(self):
                 class Recording(torch.optim.SGD):
-                    @torch.no_grad()
                     def step(self, closure=None):
-                        used.append(self.param_groups[0]["lr"])
-                        return super().step(closure)
+                        (w,) = self.param_groups[0]["params"]
+                        before = w.detach().clone()
+                        super().step(closure)
+                        used.append(float((before - w.detach()).sum() / w.grad.sum()))
 
                 return Recording(self.parameters(), 1.0)
 
@@ -430,9 +507,33 @@ class TestLearningRate:
         callback = adaptive(scale_lr=rule)
         used, trainer = self.used(callback, epochs=3)
         expected = [factors[0]] * 16 + [factors[1]] * 8 + [factors[2]] * 4
-        assert used == pytest.approx(expected, rel=1e-6)
+        assert used == pytest.approx(expected, rel=1e-4)
         assert trainer.optimizers[0].param_groups[0]["lr"] == 1.0
         assert [g.learning_rate_factor for g in callback.history] == pytest.approx(factors[1:], rel=1e-6)
+
+    def test_nor_does_anything_that_runs_inside_the_step(self):
+        """Lightning runs training_step and its hooks in the optimizer's closure; some step schedulers there."""
+
+        class Inside(AuditModule):
+            def configure_optimizers(self):
+                self.seen = []
+                self.optimizer = torch.optim.SGD(self.parameters(), 1.0)
+                self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.99)
+                return self.optimizer
+
+            def training_step(self, batch, batch_idx):
+                self.seen.append(self.optimizer.param_groups[0]["lr"])
+                return super().training_step(batch, batch_idx)
+
+            def on_before_optimizer_step(self, optimizer):
+                super().on_before_optimizer_step(optimizer)
+                if self.global_step > 0:  # a scheduler wants a step of the optimizer first
+                    self.scheduler.step()
+
+        module = Inside(EXAMPLES)
+        fit(adaptive(scale_lr="linear"), module=module)
+        expected = [1.0, *(0.99**i for i in range(len(module.seen) - 1))]
+        assert module.seen == pytest.approx(expected, rel=1e-6)
 
     def test_schedulers_never_see_the_factor(self):
         module = AuditModule(EXAMPLES, learning_rate=1.0)
@@ -488,6 +589,32 @@ class TestResume:
         assert all(torch.equal(a, b) for a, b in zip(again.steps, remaining, strict=True))
         assert torch.equal(again.w, module.w)
         assert resumed.latest == reference.latest
+
+    def test_with_another_engine_and_another_loader_it_is_the_same_run(self, tmp_path):
+        checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        self.whole(callbacks=[checkpoint], enable_checkpointing=True)
+        resumed = adaptive(engine="loop", max_batch_size=32, scale_lr="linear")
+        fit(
+            resumed,
+            train=loader(EXAMPLES, 16, shuffle=False),
+            ckpt_path=str(tmp_path / "epoch=1.ckpt"),
+            callbacks=[checkpoint],
+            enable_checkpointing=True,
+            epochs=6,
+        )
+        assert [(g.to_batch_size, g.learning_rate_factor) for g in resumed.history] == [(8, 2), (16, 4), (32, 8)]
+
+    def test_a_policy_sees_after_a_resume_what_it_saw_before(self, tmp_path):
+        def policy(estimate, run):
+            assert run.loss == 0.0
+            return run.moments.count * 4 * bool(run.throughput)
+
+        checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+        options = {"callbacks": [checkpoint], "enable_checkpointing": True}
+        fit(adaptive(policy=policy, every_n_steps=2), epochs=2, **options)
+        resumed = adaptive(policy=policy, every_n_steps=2)
+        fit(resumed, ckpt_path=str(tmp_path / "last.ckpt"), **options)
+        assert resumed.batch_size == 16
 
     def test_where_the_schedule_was_estimated_in_steps(self, tmp_path):
         """`estimated_stepping_batches` sets the loaders up before the loops' state is back."""

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_graddiv import GradientDiversityMonitor, GradientMoments, estimate_diversity
+from lightning_graddiv.callbacks.checks import require_one_automatic_optimizer
 from lightning_graddiv.callbacks.tap import TrainingStepTap
 from tests.audit import AuditModule, loader, quiet_trainer, warned
 
@@ -106,19 +107,6 @@ class TestArguments:
 
         with pytest.raises(MisconfigurationException, match="automatic optimization"):
             quiet_trainer(max_epochs=1, callbacks=[GradientDiversityMonitor()]).fit(Manual(), loader(8, 4))
-
-    def test_several_optimizers_are_refused(self):
-        class Two(Everything):
-            automatic_optimization = False
-
-            def training_step(self, batch, batch_idx):
-                return None
-
-            def configure_optimizers(self):
-                return [torch.optim.SGD(self.net.parameters(), 0.1), torch.optim.SGD(self.lstm.parameters(), 0.1)]
-
-        with pytest.raises(MisconfigurationException, match=r"automatic optimization|one optimizer"):
-            train(GradientDiversityMonitor(), module=Two())
 
     def test_a_strategy_that_shards_parameters_is_refused(self):
         class FSDPStrategy:
@@ -526,6 +514,31 @@ def test_a_second_training_starts_afresh():
     train(monitor)
     train(monitor, epochs=1)
     assert monitor.optimizer_steps == 6
+
+
+def test_a_batch_that_a_hook_ends_the_epoch_at_is_not_measured_twice():
+    class Skips(AuditModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            return -1 if batch_idx == 2 else None
+
+    monitor = GradientDiversityMonitor(every_n_steps=1)
+    quiet_trainer(max_epochs=3, callbacks=[monitor]).fit(Skips(32), loader(32, 8))
+    assert monitor.measurements == 6
+
+
+def test_what_is_due_on_a_leftover_is_measured_at_the_next_batch():
+    monitor = GradientDiversityMonitor(every_n_steps=3)
+    quiet_trainer(max_epochs=4, callbacks=[monitor]).fit(AuditModule(17), loader(17, 8))
+    assert monitor.measurements == 3
+
+
+def test_several_optimizers_are_refused_by_name():
+    from types import SimpleNamespace
+
+    module = SimpleNamespace(automatic_optimization=True)
+    with pytest.raises(MisconfigurationException, match=r"Monitor needs one optimizer.*made 2"):
+        require_one_automatic_optimizer(SimpleNamespace(optimizers=[1, 2]), module, "Monitor")
 
 
 def test_a_tap_that_is_never_reached_is_taken_off():
