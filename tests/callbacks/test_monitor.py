@@ -171,7 +171,6 @@ class TestTrainingIsUntouched:
         with pytest.raises(KeyError, match="stop"):
             trainer.fit(AuditModule(8), loader(8, 4))
         assert "training_step" not in trainer.strategy.__dict__
-        assert "setup_data" not in trainer.fit_loop.__dict__
 
     def test_logs_and_checkpoints_hold_no_tensor_that_escaped(self, tmp_path):
         monitor = GradientDiversityMonitor(every_n_steps=1)
