@@ -14,3 +14,7 @@ class MeasurementError(RuntimeError):
 
 class FunctionalEngineError(MeasurementError):
     """The module does not run under ``torch.func``; the plain loop may still measure it."""
+
+
+class MixingError(MeasurementError):
+    """The loss mixes the examples of a batch, so that an example has no gradient of its own."""

@@ -14,18 +14,13 @@ from lightning_graddiv.diversity import GradientSums
 from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.batches import has_row_per_example, replace_leaves, select, tensor_leaves
 from lightning_graddiv.per_example.copier import OutsideTensor
-from lightning_graddiv.per_example.losses import StepLoss
+from lightning_graddiv.per_example.losses import StepLoss, Watch
+from lightning_graddiv.per_example.norms import real_view, sum_dtype, sum_of_squares
 
 _CHUNK_BYTES = 32 * 2**20
 """Per-example gradients that are held at a time: what a processor's cache can serve. At least one example."""
 
 _ACCELERATOR_CHUNK_BYTES = 512 * 2**20
-
-_BLOCK = 1024
-"""Entries whose squares are added in float32."""
-
-_SMALLEST_SAFE_SQUARE = 1e-24
-"""Above it, squares that float32 rounds to zero do not count."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def loop_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradient
             norms.append(sum_of_squares(gradients))
             require_finite(norms[-1])
             if running is None:  # two parameters may be given one and the same tensor: never added to in place
-                running = [torch.zeros_like(gradient, dtype=_sum_dtype(gradient)) for gradient in gradients]
+                running = [torch.zeros_like(gradient, dtype=sum_dtype(gradient)) for gradient in gradients]
             running = [a.add_(b) for a, b in zip(running, gradients, strict=True)]
     return PerExampleGradients(torch.stack(norms), _flatten(running or []))
 
@@ -80,18 +75,26 @@ def splitting(loss: StepLoss) -> Iterator[None]:
         ) from error
 
 
-def differentiate(loss: StepLoss, batch: Any) -> list[Tensor]:
+def differentiate(loss: StepLoss, batch: Any, watch: Watch | None = None) -> list[Tensor]:
     """Return the gradients of the batch's loss for every parameter; zero where the loss does not depend on one.
 
+    Args:
+        loss: the step's loss.
+        batch: the batch.
+        watch: see :class:`.StepLoss`.
+
     Raises:
-        MeasurementError: the loss is not finite, or autograd cannot see all parameters.
+        MeasurementError: the loss is not finite, or depends on a graph from outside of the step.
     """
-    value = loss(batch)
+    value = loss(batch, watch)
     require_finite(value, "loss")
     if not value.requires_grad:  # an example may add nothing, such as an image without objects
         return [torch.zeros_like(parameter) for parameter in loss.parameters]
-    _refuse_cut_graphs(value)
-    found = torch.autograd.grad(value, loss.parameters, allow_unused=True)
+    found: Sequence[Tensor | None]
+    if _hides_parameters(value):
+        found = loss.gradients_at_aliases(batch, watch)
+    else:
+        found = torch.autograd.grad(value, loss.parameters, allow_unused=True)
     return [
         torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
         for parameter, gradient in zip(loss.parameters, found, strict=True)
@@ -104,20 +107,16 @@ def require_finite(numbers: Tensor, what: str = "gradient") -> None:
         raise MeasurementError(f"The {what} of an example or batch is not finite, so this measurement was dropped.")
 
 
-def _refuse_cut_graphs(loss: Tensor) -> None:
-    """Refuse what would silently leave out a part of the gradient: re-entrant checkpoints, graphs from elsewhere."""
+def _hides_parameters(loss: Tensor) -> bool:
+    """Tell whether a re-entrant checkpoint hides parameters from autograd; refuse graphs from elsewhere."""
+    hides = False
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if "CheckpointFunction" in node.name():
-            raise MeasurementError(
-                "The training step uses re-entrant activation checkpointing, which hides parameters from "
-                "torch.autograd.grad. Use `checkpoint(..., use_reentrant=False)`.",
-                lasting=True,
-            )
+        hides |= "CheckpointFunction" in node.name()
         leaf = getattr(node, "variable", None)
         if leaf is not None and OutsideTensor.is_marked(leaf):
             raise MeasurementError(
@@ -126,6 +125,7 @@ def _refuse_cut_graphs(loss: Tensor) -> None:
                 lasting=True,
             )
         waiting.extend(following for following, _ in node.next_functions)
+    return hides
 
 
 def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
@@ -157,7 +157,7 @@ def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGr
         if not bool(torch.isfinite(losses).all() and torch.isfinite(norms[-1]).all()):
             # The loop tells whether the loss or its gradient is to blame, or a metric's value in the loss.
             raise FunctionalEngineError("the loss or its gradient is not finite under torch.func.vmap")
-        sums = [gradient.sum(0, dtype=_sum_dtype(gradient)) for gradient in gradients]
+        sums = [gradient.sum(0, dtype=sum_dtype(gradient)) for gradient in gradients]
         running = sums if running is None else [a.add_(b) for a, b in zip(running, sums, strict=True)]
     return PerExampleGradients(torch.cat(norms), _flatten(running or []))
 
@@ -202,40 +202,5 @@ def _chunk_size(values: Sequence[Tensor]) -> int:
     return max(1, budget // max(1, sum(value.numel() * value.element_size() for value in values)))
 
 
-def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Tensor:
-    """Add up squared entries over all parameters in float64; with ``per_row`` one sum for each leading index."""
-    rows = [_real(gradient).reshape(len(gradient) if per_row else 1, -1) for gradient in gradients]
-    total = torch.stack([_sq_norms(entries.to(_sum_dtype(entries))) for entries in rows]).sum(0)
-    return total if per_row else total[0]
-
-
-def _sq_norms(rows: Tensor) -> Tensor:
-    """Return the squared norm of each row, float64.
-
-    On a processor in blocks: a float64 copy of every gradient takes thirty times as long, and one float32 sum over a
-    row of ten million entries is off by 7e-4. Where squares may leave float32's range, the copy after all.
-    """
-    if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        whole = rows.shape[1] // _BLOCK * _BLOCK
-        blocks = rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK)
-        norms = torch.cat(
-            [torch.linalg.vector_norm(part, dim=-1).double() for part in (blocks, rows[:, None, whole:])], 1
-        )
-        sq_norms = norms.square().sum(-1)
-        if bool(((sq_norms > _SMALLEST_SAFE_SQUARE) & sq_norms.isfinite()).all()):
-            return sq_norms
-    exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
-    return exact
-
-
-def _real(gradient: Tensor) -> Tensor:
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
-
-
 def _flatten(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.cat([_real(gradient).flatten() for gradient in gradients])
-
-
-def _sum_dtype(gradient: Tensor) -> torch.dtype:
-    """Sum in at least float32, whatever the parameters are kept in."""
-    return torch.promote_types(gradient.dtype, torch.float32)
+    return torch.cat([real_view(gradient).flatten() for gradient in gradients])

@@ -51,11 +51,11 @@ def writes_refused(module: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Guard(TorchDispatchMode):
     """Sees every operator below autograd and vmap, also those that act on ``parameter.data``."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._kept: dict[int | None, tuple[str, nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             self._kept[_storage(parameter)] = (name, parameter)

@@ -1,10 +1,12 @@
 """The loss of an unmodified module as a pure function of its parameters and a batch."""
 
+import copy
 import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from lightning_graddiv.per_example.noise import restart_noise
 from lightning_graddiv.per_example.shadow import is_lightning_module, shadow_copy
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+
+Watch = Callable[..., None]
+"""(module, stand_ins=None): looks on while the module runs; ``stand_ins`` take the place of the loss's parameters."""
 
 
 class StepLoss:
@@ -52,27 +57,61 @@ class StepLoss:
         self.copies_frozen = False  # set where the step writes to parameters without gradient
         self._loss_of = loss_fn if loss_fn is not None else _training_step_loss(module, step_args)
 
-    def __call__(self, batch: Any) -> Tensor:
-        """Return the scalar loss at the module's own parameters, with its autograd graph."""
-        return self._run(batch, None)
+    def of(self, parameters: Sequence[nn.Parameter]) -> "StepLoss":
+        """Return the same loss as a function of some of the parameters only."""
+        restricted = copy.copy(self)
+        restricted.parameters = list(parameters)
+        return restricted
+
+    def __call__(self, batch: Any, watch: Watch | None = None) -> Tensor:
+        """Return the scalar loss at the module's own parameters, with its autograd graph.
+
+        Args:
+            batch: the batch.
+            watch: called with the module that is about to run, a shadow of ``module``.
+        """
+        return self._run(batch, None, watch=watch)
 
     def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
         """Return the scalar loss with ``values`` in place of ``parameters``: a pure function, for ``torch.func``."""
+        return self._run(batch, self._stand_ins(values), unknown_metrics=True)
+
+    def gradients_at_aliases(self, batch: Any, watch: Watch | None = None) -> list[Tensor | None]:
+        """Return the gradients by a whole backward pass to aliases of the parameters.
+
+        Where ``torch.autograd.grad`` does not reach all parameters (re-entrant checkpoints), and the parameters' own
+        gradients must stay what they are.
+        """
+        aliases = [parameter.detach().requires_grad_() for parameter in self.parameters]
+        watch_aliases = None if watch is None else partial(watch, stand_ins=aliases)
+        self._run(batch, self._stand_ins(aliases), watch=watch_aliases).backward()
+        return [alias.grad for alias in aliases]
+
+    def _stand_ins(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
         # Aliases made within the transform, for what is not differentiated: writing `.data` of one is an error there,
         # where on the parameter itself it ends the process.
         others = [p for p in self.module.parameters() if p.requires_grad or not self.copies_frozen]
         stand_ins = {id(p): p.detach() for p in others}
-        return self._run(batch, stand_ins | {id(p): v for p, v in zip(self.parameters, values, strict=True)})
+        return stand_ins | {id(p): v for p, v in zip(self.parameters, values, strict=True)}
 
-    def _run(self, batch: Any, values: dict[int, Tensor] | None) -> Tensor:
+    def _run(
+        self,
+        batch: Any,
+        values: dict[int, Tensor] | None,
+        *,
+        unknown_metrics: bool = False,
+        watch: Watch | None = None,
+    ) -> Tensor:
         restart_noise()
         stand_in, loss_of = shadow_copy(
             self.module,
             self._loss_of,
             values=values,
-            unknown_metrics=values is not None,
+            unknown_metrics=unknown_metrics,
             copy_frozen=self.copies_frozen,
         )
+        if watch is not None:
+            watch(stand_in)
         return _scalar(loss_of(stand_in, own_copy(batch)))
 
 

@@ -72,11 +72,11 @@ def _state_outside_torch() -> tuple[Any, ...]:
     return random.getstate(), *(part if np.isscalar(part) else part.tobytes() for part in numpy_state)
 
 
-class _NoiseOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NoiseOff(TorchDispatchMode):
     """Sees every operator below autograd and vmap, so that noise inside fused layers is found too."""
 
     def __init__(self, noise: Noise, *, high: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._noise = noise
         self._high = high
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -12,12 +12,19 @@ from lightning_graddiv.per_example.batches import count_examples, select
 from lightning_graddiv.per_example.functional import PerExampleGradients, functional_gradients, loop_gradients
 from lightning_graddiv.per_example.guard import FrozenParameterWritten, writes_refused
 from lightning_graddiv.per_example.losses import LossFunction, StepLoss, measuring
+from lightning_graddiv.per_example.microbatch import group_moments
 from lightning_graddiv.per_example.noise import noise_off
+from lightning_graddiv.per_example.partition import ghost_gradients
 from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum, full_precision
+
+Measured = TypeVar("Measured")
 
 Engine = Callable[[StepLoss, Any, int], PerExampleGradients]
 
-ENGINES: dict[str, Engine] = {"functional": functional_gradients, "loop": loop_gradients}
+ENGINE_NAMES = ("auto", "ghost", "functional", "loop", "microbatch")
+"""In the order in which ``auto`` tries them."""
+
+_REPLAYING: dict[str, Engine] = {"functional": functional_gradients, "loop": loop_gradients}
 
 
 def check_engine_name(engine: str) -> str:
@@ -26,14 +33,13 @@ def check_engine_name(engine: str) -> str:
     Raises:
         ValueError: it does not.
     """
-    names = ("auto", *ENGINES)
-    if engine not in names:
-        raise ValueError(f"Expected argument `engine` to be one of {names} but got {engine!r}")
+    if engine not in ENGINE_NAMES:
+        raise ValueError(f"Expected argument `engine` to be one of {ENGINE_NAMES} but got {engine!r}")
     return engine
 
 
 class PerExampleEngine:
-    """Measures batch after batch with one engine, checking it the first time and ever more rarely after that.
+    """Measures by running the step again on single examples, checking that the first time and ever more rarely.
 
     ``auto`` is ``functional`` until that fails on this module, then ``loop``, with one warning. The checks run at
     the first measurement, after 1, 2, 4, 8, ... and every 64, because the next batch may be padded where the first was
@@ -45,12 +51,11 @@ class PerExampleEngine:
     """
 
     def __init__(self, engine: str = "auto", max_examples: int | None = None) -> None:
-        self._falls_back = check_engine_name(engine) == "auto"
-        self._engine: Engine = functional_gradients if self._falls_back else ENGINES[engine]
+        self._falls_back = engine == "auto"
+        self._engine: Engine = functional_gradients if self._falls_back else _REPLAYING[engine]
         self._max_examples = max_examples
         self._measured = 0
         self._is_trusted = False
-        self._copies_frozen = False
 
     def measure(
         self, loss: StepLoss, batch: Any, *, at_most: int | None = None, seed: int | None = None
@@ -70,14 +75,7 @@ class PerExampleEngine:
         if self._max_examples is not None and total > self._max_examples:
             examples = [i * total // self._max_examples for i in range(self._max_examples)]
             batch, total = select(batch, examples, total), self._max_examples
-        loss.copies_frozen |= self._copies_frozen
-        try:
-            measured = self._checked_when_due(loss, batch, total, seed)
-        except FrozenParameterWritten:
-            if loss.copies_frozen:
-                raise
-            self._copies_frozen = loss.copies_frozen = True
-            measured = self._checked_when_due(loss, batch, total, seed)
+        measured = with_frozen_copied(loss, lambda: self._checked_when_due(loss, batch, total, seed))
         self._measured += 1
         return measured
 
@@ -131,6 +129,17 @@ def _is_check_due(measured: int) -> bool:
     return measured & (measured - 1) == 0 or measured % 64 == 0
 
 
+def with_frozen_copied(loss: StepLoss, measure: Callable[[], Measured]) -> Measured:
+    """Measure, and once more on copies of the parameters without gradient where the step writes to those."""
+    try:
+        return measure()
+    except FrozenParameterWritten:
+        if loss.copies_frozen:
+            raise
+        loss.copies_frozen = True
+        return measure()
+
+
 def per_example_squared_norms(
     module: nn.Module, batch: Any, *, loss_fn: LossFunction | None = None, engine: str = "auto"
 ) -> Tensor:
@@ -144,18 +153,24 @@ def per_example_squared_norms(
         module: a LightningModule, or any module together with ``loss_fn``.
         batch: tensors in any nesting of tuples, lists, mappings, dataclasses and named tuples.
         loss_fn: ``loss_fn(module, batch) -> scalar``. None: the module's own ``training_step``.
-        engine: ``"functional"`` (``torch.func``), ``"loop"`` (plain autograd, the reference), or ``"auto"``: the first
-            that can measure this module.
+        engine: ``"ghost"`` (one forward and backward pass, for layers with a rule), ``"functional"`` (``torch.func``),
+            ``"loop"`` (plain autograd, the reference), or ``"auto"``: for each parameter the first that can measure it.
 
     Returns:
         Tensor of shape (n,), float64.
 
     Raises:
-        MeasurementError: the batch cannot be split into examples, or a loss is not finite.
-        ValueError: an unknown engine.
+        MeasurementError: the batch cannot be split into examples, a loss is not finite, or the engine asked for cannot
+            measure every parameter.
+        ValueError: an unknown engine, or ``"microbatch"``, which does not look at single examples.
         TypeError: a module that is not a LightningModule, without ``loss_fn``.
     """
-    return PerExampleEngine(engine).measure(StepLoss(module, loss_fn=loss_fn), batch).sq_norms
+    if check_engine_name(engine) == "microbatch":
+        raise ValueError(
+            "Expected argument `engine` to measure single examples but got 'microbatch', which measures between groups "
+            "of them; `measure_moments` takes it"
+        )
+    return _measure(module, batch, loss_fn, engine).sq_norms
 
 
 def measure_moments(
@@ -163,6 +178,36 @@ def measure_moments(
 ) -> GradientMoments:
     """Return the gradient moments of a module on a batch: one probe for :func:`estimate_diversity`.
 
-    Arguments and errors are those of :func:`per_example_squared_norms`.
+    Arguments and errors are those of :func:`per_example_squared_norms`, and ``engine="microbatch"``: moments between
+    up to eight groups of examples, for losses that need more than one example.
     """
-    return PerExampleEngine(engine).measure(StepLoss(module, loss_fn=loss_fn), batch).sums().moments()
+    if check_engine_name(engine) == "microbatch":
+        loss = StepLoss(module, loss_fn=loss_fn)
+        return with_frozen_copied(loss, lambda: group_moments(loss, batch, count_examples(batch)))
+    return _measure(module, batch, loss_fn, engine).sums().moments()
+
+
+def _measure(module: nn.Module, batch: Any, loss_fn: LossFunction | None, engine: str) -> PerExampleGradients:
+    loss = StepLoss(module, loss_fn=loss_fn)
+    total = count_examples(batch)
+    if engine in _REPLAYING or total == 1:  # one example is its own reference
+        return PerExampleEngine(engine if engine in _REPLAYING else "loop").measure(loss, batch)
+    return with_frozen_copied(loss, lambda: _measure_by_parts(loss, batch, total, engine))
+
+
+def _measure_by_parts(loss: StepLoss, batch: Any, total: int, engine: str) -> PerExampleGradients:
+    with measuring(loss.module):
+        measured, misses = ghost_gradients(loss, batch, total)
+    if not misses:
+        return measured
+    if engine == "ghost":
+        names = {id(p): name for name, p in loss.module.named_parameters()}
+        index, reason = min(misses.items())
+        raise MeasurementError(
+            f"Engine `ghost` cannot measure {len(misses)} of {len(loss.parameters)} parameters of "
+            f"`{type(loss.module).__name__}`, the first being `{names[id(loss.parameters[index])]}`: {reason}. Use "
+            "engine='auto'.",
+            lasting=True,
+        )
+    rest = PerExampleEngine().measure(loss.of([loss.parameters[index] for index in sorted(misses)]), batch)
+    return PerExampleGradients(measured.sq_norms + rest.sq_norms, measured.gradient_sum)

@@ -9,41 +9,92 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
+from lightning_graddiv.errors import FunctionalEngineError, MeasurementError, MixingError
 from lightning_graddiv.per_example.batches import select
 from lightning_graddiv.per_example.functional import (
     PerExampleGradients,
     differentiate,
     require_finite,
     splitting,
-    sum_of_squares,
 )
 from lightning_graddiv.per_example.guard import writes_refused
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
+from lightning_graddiv.per_example.norms import sum_of_squares
 
 _EXAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A few examples of a batch with what the plain loop measures on them, noise off."""
+    """A few examples of a batch with what the plain loop measures on them, noise off.
 
+    Attributes:
+        examples: their positions in the batch that they were taken from.
+        batch: of these examples only.
+        alone: their gradients, one flattened gradient a row, shape (k, d).
+        weights: by which each gradient enters the batch's, shape (k,).
+        is_weighted: whether the weights differ by content.
+        sizes: numbers in each parameter's gradient.
+        is_noisy: whether the step asks for noise.
+    """
+
+    examples: list[int]
     batch: Any
-    total: int
-    sq_norms: Tensor
+    alone: Tensor
+    weights: Tensor
+    is_weighted: bool
+    sizes: list[int]
+    is_noisy: bool
+
+    @property
+    def total(self) -> int:
+        """How many they are, k."""
+        return len(self.examples)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Their gradients, parameter by parameter, each flattened: shapes (k, numel)."""
+        return list(self.alone.split(self.sizes, 1))
+
+    @property
+    def sq_norms(self) -> Tensor:
+        """Squared norms, shape (k,), float64."""
+        return sum_of_squares([self.alone], per_row=True)
 
 
-def check_separable(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) -> Sample:
-    """Check that a few examples' gradients, taken alone, add up to the gradient that they have together.
+def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0, high: bool = False) -> Sample:
+    """Check that a few examples' gradients together are made of those that they have alone: the probe for mixing.
 
-    Dropout and other noise is switched off for the comparison. The sum may carry any common factor (a mean, a sum).
+    Dropout and other noise is switched off for the comparison. Each gradient may enter with a positive weight.
 
     Args:
         loss: the step's loss.
         batch: a batch of ``total`` examples.
         total: the number of examples, at least 2.
         seed: which examples are tried; at random, since batches are often ordered.
+        high: see :func:`.noise_off`.
+
+    Returns:
+        The examples that were tried.
+
+    Raises:
+        MeasurementError: the loss mixes examples, or fails on a part of the batch.
+    """
+    examples = random.Random(seed).sample(range(total), min(_EXAMPLES, total))
+    together = select(batch, examples, total)
+    with splitting(loss), noise_off(high=high) as noise, writes_refused(loss.module), full_precision():
+        joint = _vector(loss, together)
+        alone = torch.stack([_vector(loss, select(batch, [example], total)) for example in examples])
+    weights, is_weighted = _weights(joint, alone, tolerance(loss.module))
+    sizes = [p.numel() * (2 if p.is_complex() else 1) for p in loss.parameters]
+    return Sample(examples, together, alone, weights, is_weighted, sizes, noise.drawn)
+
+
+def check_separable(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) -> Sample:
+    """Check that a few examples' gradients, taken alone, add up to the gradient that they have together.
+
+    The sum may carry any common factor (a mean, a sum). Arguments are those of :func:`compare_with_parts`.
 
     Returns:
         The examples that were tried, for :func:`check_engine`.
@@ -51,13 +102,19 @@ def check_separable(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) ->
     Raises:
         MeasurementError: the loss mixes examples, weighs them, or fails on a part of the batch.
     """
-    examples = random.Random(seed).sample(range(total), min(_EXAMPLES, total))
-    together = select(batch, examples, total)
-    with splitting(loss):
-        joint = _vector(loss, together)
-        alone = torch.stack([_vector(loss, select(batch, [example], total)) for example in examples])
-    _diagnose(joint, alone, _tolerance(loss.module))
-    return Sample(together, len(examples), sum_of_squares([alone], per_row=True))
+    sample = compare_with_parts(loss, batch, total, seed=seed)
+    refuse_weighted(sample)
+    return sample
+
+
+def refuse_weighted(sample: Sample) -> None:
+    """Refuse a loss that weighs its examples, for engines that look at one alone.
+
+    Raises:
+        MeasurementError: it does.
+    """
+    if sample.is_weighted:
+        raise MeasurementError(_weighted(sample.weights), lasting=True)
 
 
 def check_engine(engine: Callable[[StepLoss, Any, int], PerExampleGradients], loss: StepLoss, sample: Sample) -> None:
@@ -69,7 +126,7 @@ def check_engine(engine: Callable[[StepLoss, Any, int], PerExampleGradients], lo
     with noise_off(), writes_refused(loss.module), full_precision():
         found = engine(loss, sample.batch, sample.total).sq_norms
     scale = float(sample.sq_norms.max())
-    if float((found - sample.sq_norms).abs().max()) > 2 * _tolerance(loss.module) * scale:
+    if float((found - sample.sq_norms).abs().max()) > 2 * tolerance(loss.module) * scale:
         raise FunctionalEngineError("under torch.func.vmap it gives other gradients than the plain loop", lasting=True)
 
 
@@ -79,10 +136,11 @@ def check_sum(loss: StepLoss, batch: Any, measured: PerExampleGradients) -> None
     Raises:
         MeasurementError: they do not, by any common factor.
     """
-    joint = _vector(loss, batch, high=True)
-    tolerance = _tolerance(loss.module)
-    if not _is_multiple(joint.to(_wide(joint)), measured.gradient_sum, measured.sq_norms, tolerance):
-        raise MeasurementError(_MIXED_OR_WEIGHTED, lasting=True)
+    with noise_off(high=True), writes_refused(loss.module), full_precision():
+        joint = _vector(loss, batch)
+    allowed = tolerance(loss.module)
+    if _common_factor(joint.to(_wide(joint)), measured.gradient_sum, measured.sq_norms, allowed) is None:
+        raise MeasurementError(MIXED_OR_WEIGHTED, lasting=True)
 
 
 @contextmanager
@@ -98,16 +156,15 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _vector(loss: StepLoss, batch: Any, *, high: bool = False) -> Tensor:
-    with noise_off(high=high), writes_refused(loss.module), full_precision():
-        gradients = differentiate(loss, batch)
+def _vector(loss: StepLoss, batch: Any) -> Tensor:
+    gradients = differentiate(loss, batch)
     vector = torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in gradients])
     require_finite(vector)
     return vector
 
 
-def _diagnose(joint: Tensor, alone: Tensor, tolerance: float) -> None:
-    """Raise, saying what is wrong, unless ``joint`` is a common positive multiple of the sum of the rows."""
+def _weights(joint: Tensor, alone: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+    """Return the weights with which the rows add up to ``joint``, and whether they differ; raise if they do not."""
     joint, alone = joint.to(_wide(joint)), alone.to(_wide(alone))
     sq_norms = sum_of_squares([alone], per_row=True)
     if not bool(sq_norms.any()):
@@ -116,18 +173,20 @@ def _diagnose(joint: Tensor, alone: Tensor, tolerance: float) -> None:
             "contrastive loss does), or has reached an exact minimum. It cannot be split into examples.",
             lasting=bool(joint.any()),
         )
-    if _is_multiple(joint, alone.sum(0), sq_norms, tolerance):
-        return
+    factor = _common_factor(joint, alone.sum(0), sq_norms, tolerance)
+    if factor is not None:
+        return torch.full_like(sq_norms, factor), False
     wide = alone.double()
     weights = torch.linalg.pinv(wide @ wide.T, hermitian=True) @ (wide @ joint.double())
     error = torch.linalg.vector_norm(joint - weights.to(joint.dtype) @ alone)
     scale = float((weights.square() @ sq_norms).sqrt())
-    is_weighted = bool((weights > 0).all()) and float(error) <= tolerance * scale
-    raise MeasurementError(_weighted(weights) if is_weighted else _MIXED, lasting=True)
+    if not (bool((weights > 0).all()) and float(error) <= tolerance * scale):
+        raise MixingError(_MIXED, lasting=True)
+    return weights, True
 
 
-def _is_multiple(joint: Tensor, total: Tensor, sq_norms: Tensor, tolerance: float) -> bool:
-    """Tell whether ``joint`` is a mean, a sum, or another positive multiple of gradients that add up to ``total``.
+def _common_factor(joint: Tensor, total: Tensor, sq_norms: Tensor, tolerance: float) -> float | None:
+    """Return by which ``joint`` is a mean, a sum, or another positive multiple of gradients that add up to ``total``.
 
     Measured against the root sum of squares of the gradients, where a relative spread of weights shows as itself.
     """
@@ -135,7 +194,8 @@ def _is_multiple(joint: Tensor, total: Tensor, sq_norms: Tensor, tolerance: floa
     if bool(total.any()):
         factors.append(float(joint @ total / (total @ total)))
     scale = tolerance * float(sq_norms.sum().sqrt())
-    return any(float(torch.linalg.vector_norm(joint - f * total)) <= f * scale for f in factors if f > 0)
+    fitting = (f for f in factors if f > 0 and float(torch.linalg.vector_norm(joint - f * total)) <= f * scale)
+    return next(fitting, None)
 
 
 _MIXED = (
@@ -146,7 +206,7 @@ _MIXED = (
     "LayerNorm instead of BatchNorm), or freeze the statistics."
 )
 
-_MIXED_OR_WEIGHTED = (
+MIXED_OR_WEIGHTED = (
     "The gradients of the examples taken alone do not add up to the batch's (dropout off), although those of a few do: "
     "the loss weighs the examples by their content, as a mean over the tokens of padded sequences does, or mixes them. "
     "The engines `functional` and `loop` can measure neither. Average within each example first, then over examples."
@@ -162,7 +222,7 @@ def _weighted(weights: Tensor) -> str:
     )
 
 
-def _tolerance(module: nn.Module) -> float:
+def tolerance(module: nn.Module) -> float:
     """Rounding allows this share; mixing and weighting change the gradient by far more."""
     bits = [torch.finfo(p.dtype).bits for p in module.parameters() if p.is_floating_point() or p.is_complex()]
     return 1e-3 if min(bits) >= 32 else 5e-2

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_graddiv import measure_moments, per_example_squared_norms
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example import functional
-from lightning_graddiv.per_example.functional import differentiate, functional_gradients, loop_gradients, sum_of_squares
+from lightning_graddiv.per_example.functional import differentiate, functional_gradients, loop_gradients
 from lightning_graddiv.per_example.losses import StepLoss, measuring
+from lightning_graddiv.per_example.norms import sum_of_squares
 from tests.models import CASES, MLP, Base, Case, N, reference_gradients, reference_norms, relative_error, vectors
 
 ENGINES = ["functional", "loop"]
@@ -313,5 +314,5 @@ def test_squared_norms_are_summed_in_double_precision():
 def test_squared_norms_of_float32_are_right_to_the_last_digits(entries):
     gradients = [torch.randn(2, entries, generator=torch.Generator().manual_seed(0))]
     expected = gradients[0].double().square().sum(1)
-    torch.testing.assert_close(functional.sum_of_squares(gradients, per_row=True), expected, rtol=3e-7, atol=0)
-    torch.testing.assert_close(functional.sum_of_squares(gradients), expected.sum(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(sum_of_squares(gradients, per_row=True), expected, rtol=3e-7, atol=0)
+    torch.testing.assert_close(sum_of_squares(gradients), expected.sum(), rtol=3e-7, atol=0)

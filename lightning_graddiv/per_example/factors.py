@@ -1,0 +1,269 @@
+"""Per-example gradients of one parameter, kept in the form that a layer's backward pass gives them.
+
+A contribution ``c_i`` is what example i adds to a parameter's gradient: ``sum_i c_i`` is the gradient. None of these
+forms is larger than the layer's activations; the ``c_i`` themselves, one copy of the weight for each example, are only
+made where that is the cheapest way to their norms, and then a few examples at a time.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_graddiv.per_example.norms import sum_of_squares
+
+_CHUNK_BYTES = 64 * 2**20
+"""Explicit contributions that are held at a time."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few random directions of rank one in the space of a parameter of shape (o, ...).
+
+    The projection of ``sum_i c_i`` must be that of the gradient: a check (Freivalds') that no use of the parameter was
+    overlooked, for the price of two thin products.
+
+    Attributes:
+        left: shape (p, o).
+        right: shape (p, numel / o).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def draw(cls, parameter: Tensor, generator: torch.Generator, directions: int = 4) -> "Probe":
+        """Draw random signs for a parameter; from the same generator state, the same on every process."""
+        rows = parameter.shape[0] if parameter.ndim > 0 else 1
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        signs = torch.randint(0, 2, (directions, rows + parameter.numel() // max(1, rows)), generator=generator)
+        signs = (2 * signs - 1).to(parameter.device, dtype)
+        return cls(signs[:, :rows], signs[:, rows:])
+
+    def of(self, gradient: Tensor) -> Tensor:
+        """Return the projections of a gradient, shape (p,), float64."""
+        flat = gradient.reshape(self.left.shape[1], -1).to(self.left.dtype)
+        return ((self.left @ flat) * self.right).sum(1, dtype=torch.float64)
+
+
+class Contributions(ABC):
+    """What n examples add to the gradient of one parameter."""
+
+    shape: torch.Size
+    """Of the parameter."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    @abstractmethod
+    def at(self, examples: slice) -> "Contributions":
+        """Return those of some examples."""
+
+    @abstractmethod
+    def explicit(self) -> Tensor:
+        """Return the contributions themselves, shape (n, ...), in at least float32."""
+
+    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """Return the squared norms, shape (n,), and the projections of their sum, shape (p,); float64."""
+        norms, projections = [], []
+        for part in self.chunks():
+            explicit = part.explicit()
+            norms.append(sum_of_squares([explicit], per_row=True))
+            projections.append(probe.of(explicit.sum(0)))
+        return torch.cat(norms), torch.stack(projections).sum(0)
+
+    def chunks(self) -> Iterator["Contributions"]:
+        """Yield all examples, so many at a time that their explicit contributions fit into little memory."""
+        size = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(self.shape))))
+        for start in range(0, len(self), size):
+            yield self.at(slice(start, start + size))
+
+
+@dataclass(frozen=True)
+class Explicit(Contributions):
+    """Contributions as they are: those of biases and of the scales of normalisation layers, which are small."""
+
+    values: Tensor
+    """Shape (n, ...)."""
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.values.shape[1:]
+
+    @override
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @override
+    def at(self, examples: slice) -> "Explicit":
+        return Explicit(self.values[examples])
+
+    @override
+    def explicit(self) -> Tensor:
+        return self.values
+
+    @override
+    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        return sum_of_squares([self.values], per_row=True), probe.of(self.values.sum(0))
+
+
+@dataclass(frozen=True)
+class Outer(Contributions):
+    """``c_i = sum_t b_it a_it'``: the weight of a linear map that example i goes through at T positions.
+
+    Attributes:
+        inputs: a, shape (n, g, T, in); g groups of channels do not see each other.
+        output_gradients: b, shape (n, g, T, out).
+        shape: of the weight: (g out, in), or the same numbers with in taken apart.
+    """
+
+    inputs: Tensor
+    output_gradients: Tensor
+    shape: torch.Size
+
+    @override
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @override
+    def at(self, examples: slice) -> "Outer":
+        return Outer(self.inputs[examples], self.output_gradients[examples], self.shape)
+
+    @override
+    def explicit(self) -> Tensor:
+        return (self.output_gradients.transpose(-1, -2) @ self.inputs).reshape(len(self), *self.shape)
+
+    @override
+    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """Choose what is cheapest for n (in, out) products over T positions."""
+        n, groups, positions, fan_in = self.inputs.shape
+        fan_out = self.output_gradients.shape[-1]
+        if positions == 1:  # |b a'|^2 = |b|^2 |a|^2
+            return (_position_norms(self.inputs) * _position_norms(self.output_gradients)).sum(1), self._project(probe)
+        if positions * (fan_in + fan_out) > fan_in * fan_out:
+            return super().measure(probe)
+        size = max(1, _CHUNK_BYTES // (8 * groups * positions**2))
+        norms = [self.at(slice(start, start + size))._by_gram() for start in range(0, n, size)]
+        return torch.cat(norms), self._project(probe)
+
+    def _project(self, probe: Probe) -> Tensor:
+        left = probe.left.unflatten(1, (self.inputs.shape[1], -1))  # (p, g, out)
+        outputs = self.output_gradients @ left.permute(1, 2, 0)  # (n, g, T, p)
+        return ((self.inputs @ probe.right.T) * outputs).sum((0, 1, 2), dtype=torch.float64)
+
+    def _by_gram(self) -> Tensor:
+        """|sum_t b_t a_t'|^2 = sum_{t,s} <a_t, a_s> <b_t, b_s>."""
+        a, b = self.inputs, self.output_gradients
+        products: Tensor = (a @ a.transpose(-1, -2)).mul_(b @ b.transpose(-1, -2))
+        # A sum that is zero may round below it.
+        norms: Tensor = products.sum((1, 2, 3), dtype=torch.float64).clamp_(min=0)
+        return norms
+
+
+@dataclass(frozen=True)
+class Lookup(Contributions):
+    """``c_i = sum_t e(index_it) b_it'``: a table from which example i takes T rows, some of them more than once.
+
+    Attributes:
+        index: shape (n, T).
+        output_gradients: b, shape (n, T, d).
+        shape: of the table, (rows, d).
+    """
+
+    index: Tensor
+    output_gradients: Tensor
+    shape: torch.Size
+
+    @override
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @override
+    def at(self, examples: slice) -> "Lookup":
+        return Lookup(self.index[examples], self.output_gradients[examples], self.shape)
+
+    @override
+    def explicit(self) -> Tensor:
+        table = self.output_gradients.new_zeros(len(self), *self.shape)
+        return table.scatter_add_(1, self.index[..., None].expand_as(self.output_gradients), self.output_gradients)
+
+    @override
+    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """Add up the rows of equal tokens within an example before taking norms."""
+        chosen = probe.left.T[self.index]  # (n, T, p)
+        projections = (chosen * (self.output_gradients @ probe.right.T)).sum((0, 1), dtype=torch.float64)
+        examples = torch.arange(len(self), device=self.index.device)[:, None]
+        keys, inverse = torch.unique(examples * self.shape[0] + self.index, return_inverse=True)
+        b = self.output_gradients
+        rows = b.new_zeros(len(keys), b.shape[-1]).index_add_(0, inverse.flatten(), b.flatten(0, 1))
+        norms = b.new_zeros(len(self), dtype=torch.float64)
+        norms.index_add_(0, keys // self.shape[0], sum_of_squares([rows], per_row=True))
+        return norms, projections
+
+
+@dataclass(frozen=True)
+class Total(Contributions):
+    """The sum of several uses of one parameter, taken before the norm."""
+
+    parts: tuple[Contributions, ...]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.parts[0].shape
+
+    @override
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @override
+    def at(self, examples: slice) -> "Total":
+        return Total(tuple(part.at(examples) for part in self.parts))
+
+    @override
+    def explicit(self) -> Tensor:
+        total = self.parts[0].explicit().clone()
+        for part in self.parts[1:]:
+            total += part.explicit()
+        return total
+
+    @override
+    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """|u + v|^2 = |u|^2 + |v|^2 + 2 <u, v> where table and head share a weight; else what adds up."""
+        outer = next((part for part in self.parts if isinstance(part, Outer)), None)
+        lookup = next((part for part in self.parts if isinstance(part, Lookup)), None)
+        if outer is None or lookup is None or len(self.parts) != 2:
+            return super().measure(probe)
+        (u, of_u), (v, of_v) = outer.measure(probe), lookup.measure(probe)
+        return (u + v + 2 * _inner(outer, lookup)).clamp_(min=0), of_u + of_v
+
+
+def added(uses: Sequence[Contributions]) -> Contributions:
+    """Return the sum of several uses of a parameter by the same examples."""
+    outers = [use for use in uses if isinstance(use, Outer)]
+    lookups = [use for use in uses if isinstance(use, Lookup)]
+    parts: list[Contributions] = [use for use in uses if not isinstance(use, Outer | Lookup)]
+    if outers:
+        inputs = torch.cat([use.inputs for use in outers], 2)
+        parts.append(Outer(inputs, torch.cat([use.output_gradients for use in outers], 2), outers[0].shape))
+    if lookups:
+        index = torch.cat([use.index for use in lookups], 1)
+        parts.append(Lookup(index, torch.cat([use.output_gradients for use in lookups], 1), lookups[0].shape))
+    return parts[0] if len(parts) == 1 else Total(tuple(parts))
+
+
+def _inner(outer: Outer, lookup: Lookup) -> Tensor:
+    """Return <c_i, c'_i> of a linear map and a lookup in the same weight: a token's row of the map's gradient."""
+    a, b = outer.inputs[:, 0], outer.output_gradients[:, 0]  # a weight that is a table too has one group
+    index = lookup.index[:, None, :].expand(-1, b.shape[1], -1)
+    products = b.gather(2, index) * (a @ lookup.output_gradients.transpose(1, 2))  # (n, T, S)
+    return products.sum((1, 2), dtype=torch.float64)
+
+
+def _position_norms(values: Tensor) -> Tensor:
+    """Return |v_ig|^2 of values of shape (n, g, 1, d), one position each."""
+    return sum_of_squares([values.flatten(0, 1)], per_row=True).reshape(values.shape[:2])

@@ -1,0 +1,312 @@
+"""Per-example gradient norms in-band: from the forward and backward pass that training makes anyway.
+
+A forward hook keeps a layer's input and puts a hook on its output tensor, which sees the gradient of the output in the
+backward pass. Both together hold every example's contribution to the layer's parameters. (Full backward hooks would
+break in-place activations.) A hook on each parameter sees its whole gradient before processes exchange theirs, so that
+a use of the parameter that no layer accounts for is noticed in the very step that makes it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.factors import Contributions, Probe, added
+from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout, layer_type
+from lightning_graddiv.per_example.norms import sum_of_squares
+
+Layouts = Mapping[tuple[int, int], Layout]
+"""How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""
+
+
+@dataclass
+class Use:
+    """One call of a layer: what went in, and the gradient of what came out.
+
+    Attributes:
+        layer: the layer.
+        kind: what is known of its type.
+        parameters: which of its parameters are measured, name to index.
+        ordinals: the how-manieth use of the parameter this is, name to count.
+        inputs: of the call.
+        output_gradient: None until the backward pass comes by.
+    """
+
+    layer: nn.Module
+    kind: LayerType
+    parameters: dict[str, int]
+    ordinals: dict[str, int]
+    inputs: Tensor
+    version: int
+    output_gradient: Tensor | None = None
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The shape of the input's dimensions that the parameters do not see."""
+        return tuple(self.inputs.shape[: self.kind.leading(self.layer, self.inputs)])
+
+    def contributions(self, layout: Layout, examples: int) -> dict[str, Contributions]:
+        """Return what each example contributes to each parameter, in at least float32.
+
+        Raises:
+            MeasurementError: the input was changed after the call.
+        """
+        if self.inputs._version != self.version:
+            raise MeasurementError(f"the input of a `{type(self.layer).__name__}` was changed in place after its use")
+        gradient = self.output_gradient
+        if gradient is None:
+            raise MeasurementError("the backward pass did not reach the layer")
+        inputs = self.inputs
+        if inputs.is_floating_point():  # as autocast has it
+            inputs = _wide(inputs.to(gradient.dtype))
+        return self.kind.contributions(self.layer, inputs, _wide(gradient), Arrangement(layout, examples))
+
+
+@dataclass
+class Recorded:
+    """What one backward pass showed, by the parameter's index.
+
+    Attributes:
+        examples: n.
+        sq_norms: squared norms of the contributions, shape (n,), float64.
+        misses: why a parameter is not accounted for.
+    """
+
+    examples: int
+    sq_norms: dict[int, Tensor] = field(default_factory=dict)
+    misses: dict[int, str] = field(default_factory=dict)
+
+    def total(self, parameters: Sequence[int]) -> Tensor:
+        """Return the squared norms over these parameters, shape (n,)."""
+        found = [self.sq_norms[index] for index in parameters if index in self.sq_norms]
+        return torch.stack(found).sum(0) if found else torch.zeros(self.examples, dtype=torch.float64)
+
+
+class GhostRecorder:
+    """Records the layers of a module while it trains. A context manager: leaving it removes every hook.
+
+    Args:
+        parameters: the parameters to measure; everything is known by its index in here.
+        layouts: where the examples lie, proven before.
+        shared: parameters that are known to be used more than once, which wait for the end of the backward pass.
+        seed: of the random directions that a gradient is compared in; the same on every process.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        layouts: Layouts | None = None,
+        *,
+        shared: frozenset[int] = frozenset(),
+        seed: int = 0,
+    ) -> None:
+        self.uses: list[Use] = []
+        self.local_sq_norm: Tensor | float = 0.0
+        self._parameters = list(parameters)
+        self._layouts = layouts
+        self._shared = shared
+        self._seed = seed
+        self._probes: dict[int, Probe] = {}
+        self._handles: list[RemovableHandle] = []
+        self._examples = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.uses = []
+        self._calls: dict[int, int] = defaultdict(int)
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
+        self._misses: dict[int, str] = {}
+        self._coarse = False
+        self._error: Exception | None = None
+
+    def __enter__(self) -> "GhostRecorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def attach(self, module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:
+        """Put hooks on every layer with a rule, and on the parameters.
+
+        Args:
+            module: what runs.
+            stand_ins: the tensors that stand in for the parameters in ``module``. None: the parameters themselves.
+        """
+        self.detach()  # from what ran before, if anything did
+        tensors = self._parameters if stand_ins is None else stand_ins
+        indices = {id(tensor): index for index, tensor in enumerate(tensors)}
+        for layer in module.modules():
+            held = {name: indices[id(p)] for name, p in layer._parameters.items() if id(p) in indices}
+            kind = layer_type(layer) if held else None
+            if kind is not None:
+                self._attach_layer(layer, kind, held)
+        for index, tensor in enumerate(tensors):
+            if not hasattr(tensor, "device_mesh"):
+                self._handles.append(tensor.register_hook(self._gradient_hook(index)))
+
+    def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
+        def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._guarded(lambda: self._on_call(layer, kind, held, args, kwargs, output))
+
+        # The first hook sees what the layer itself put out; those of the user may replace it.
+        handle = layer.register_forward_hook(after, prepend=True, with_kwargs=True)
+        self._handles.append(handle)
+
+    def detach(self) -> None:
+        """Remove every hook and let go of every tensor; may be called more than once."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._clear()
+
+    def begin(self, examples: int) -> None:
+        """Expect a forward and backward pass of so many examples."""
+        self._clear()
+        self._examples = examples
+
+    def finish(self) -> Recorded:
+        """Return what the backward pass showed.
+
+        Raises:
+            MeasurementError: something could not be recorded.
+        """
+        if self._error is not None:
+            raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
+        self._add_waiting()
+        recorded = Recorded(self._examples, {i: norms for i, (norms, _) in self._found.items()}, dict(self._misses))
+        self._compare(recorded)
+        self._clear()
+        return recorded
+
+    def used(self, index: int) -> list[Use]:
+        """Return the uses of a parameter that the backward pass has reached, in the order of the calls."""
+        return [use for use in self.uses if index in use.parameters.values() and use.output_gradient is not None]
+
+    def _guarded(self, record: Callable[[], None]) -> None:
+        """Run our part of a training step: it must not end the step."""
+        if self._error is not None:
+            return
+        try:
+            with torch.no_grad():
+                record()
+        except Exception as error:
+            self._error = error
+
+    def _on_call(
+        self,
+        layer: nn.Module,
+        kind: LayerType,
+        held: dict[str, int],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if not (isinstance(output, Tensor) and output.requires_grad and isinstance(inputs, Tensor)):
+            return
+        ordinals = {}
+        for name, index in held.items():
+            ordinals[name] = self._calls[index]
+            self._calls[index] += 1
+        use = Use(layer, kind, held, ordinals, inputs.detach(), inputs._version)
+        self.uses.append(use)
+        self._handles.append(
+            output.register_hook(lambda gradient: self._guarded(lambda: self._on_gradient(use, gradient)))
+        )
+
+    def _on_gradient(self, use: Use, gradient: Tensor) -> None:
+        if use.output_gradient is not None:
+            for index in use.parameters.values():
+                self._misses[index] = "it takes part in more than one backward pass"
+            return
+        use.output_gradient = gradient
+        if self._layouts is None or self._shared.intersection(use.parameters.values()):
+            return
+        self._measure([use])
+        self.uses.remove(use)
+
+    def _add_waiting(self) -> None:
+        """Measure what was kept until the whole backward pass was seen."""
+        with torch.no_grad():
+            together = [use for use in self.uses if use.output_gradient is not None]
+            if self._layouts is not None and together:
+                self._measure(together)
+
+    def _measure(self, uses: Sequence[Use]) -> None:
+        contributions: dict[int, list[Contributions]] = defaultdict(list)
+        for use in uses:
+            by_layout: dict[Layout, dict[str, Contributions]] = {}
+            for name, index in use.parameters.items():
+                layout = self._layout(index, use.ordinals[name], use.leading)
+                if layout is None:
+                    self._misses.setdefault(
+                        index, f"the leading dimensions {use.leading} of its layer's input do not hold the examples"
+                    )
+                    continue
+                if layout not in by_layout:
+                    with torch.autocast(use.inputs.device.type, enabled=False):
+                        by_layout[layout] = use.contributions(layout, self._examples)
+                if name in by_layout[layout]:
+                    contributions[index].append(by_layout[layout][name])
+            self._coarse |= use.output_gradient is not None and torch.finfo(use.output_gradient.dtype).bits < 32
+        for index, found in contributions.items():
+            if index in self._found:
+                self._misses[index] = "it was used more often than before"
+                continue
+            self._found[index] = added(found).measure(self._probe(index))
+
+    def _layout(self, index: int, ordinal: int, leading: tuple[int, ...]) -> Layout | None:
+        if self._layouts is None:
+            return None
+        layout = self._layouts.get((index, ordinal))
+        return layout if layout is not None and layout.fits(leading, self._examples) else None
+
+    def _gradient_hook(self, index: int) -> Callable[[Tensor], None]:
+        return lambda gradient: self._guarded(lambda: self._on_parameter(index, gradient))
+
+    def _on_parameter(self, index: int, gradient: Tensor) -> None:
+        if index in self._gradients:
+            self._misses[index] = "it takes part in more than one backward pass"
+            return
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        self._gradients[index] = self._probe(index).of(dense), sum_of_squares([dense])
+
+    def _probe(self, index: int) -> Probe:
+        if index not in self._probes:
+            generator = torch.Generator().manual_seed(1_000_003 * self._seed + index)
+            self._probes[index] = Probe.draw(self._parameters[index], generator)
+        return self._probes[index]
+
+    def _compare(self, recorded: Recorded) -> None:
+        """Compare, parameter by parameter, what the examples add up to with the gradient."""
+        zeros = torch.zeros(4, dtype=torch.float64)
+        indices = sorted(self._found.keys() | self._gradients.keys())
+        if not indices:
+            return
+        rows = []
+        for index in indices:
+            norms, projected = self._found.get(index, (zeros[:1], zeros))
+            wanted, sq_norm = self._gradients.get(index, (zeros, zeros[0]))
+            worst = (projected.cpu() - wanted.cpu()).abs().max()
+            rows.append(torch.stack([worst, (norms.sum() + sq_norm.to(norms.device)).cpu()]))
+        errors, scales = torch.stack(rows).T
+        # Rounding errors of a gradient that cancels within each example are those of what cancels.
+        slack = 1e-6 * scales.sum().sqrt()
+        relative = 5e-2 if self._coarse else 1e-3
+        for index, error, scale in zip(indices, errors.tolist(), scales.tolist(), strict=True):
+            if not error <= relative * scale**0.5 + float(slack):
+                reason = "it is used outside of its layer" if index in self._found else "no layer with a rule uses it"
+                recorded.misses.setdefault(index, reason)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,253 @@
+"""The rule of each layer type: from a layer's inputs and output gradients to the contributions of its examples.
+
+One registry and one signature. A rule holds for exactly its type, since a subclass may compute something else, and for
+the options that it names; everything else is left to another engine.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_graddiv.per_example.convolutions import convolution_weight
+from lightning_graddiv.per_example.factors import Contributions, Explicit, Lookup, Outer
+
+
+class Layout(Enum):
+    """Where the examples are among a layer's leading dimensions, those that its parameters do not see."""
+
+    FIRST = "(n, ...)"
+    FOLDED = "(n k, ...), an example's rows together"
+    STRIDED = "(k n, ...), an example's rows n apart"
+    SECOND = "(T, n, ...)"
+
+    def fits(self, leading: tuple[int, ...], examples: int) -> bool:
+        """Tell whether leading dimensions of this shape can hold so many examples in this way."""
+        if not leading or examples < 1:
+            return False
+        if self is Layout.FIRST:
+            return leading[0] == examples
+        if self is Layout.SECOND:
+            return len(leading) > 1 and leading[1] == examples
+        return leading[0] > examples and leading[0] % examples == 0
+
+    def arrange(self, values: Tensor, leading: int, examples: int) -> Tensor:
+        """Return the values with shape (n, T, ...), where the first ``leading`` dimensions hold examples and positions.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        shape = values.shape[:leading]
+        if not self.fits(tuple(shape), examples):
+            raise ValueError(f"{examples} examples cannot lie in {tuple(shape)} as {self.value}")
+        trailing = values.shape[leading:]
+        if self is Layout.SECOND:
+            values = values.transpose(0, 1)
+        elif self is Layout.STRIDED:
+            values = values.unflatten(0, (-1, examples)).transpose(0, 1)
+        return values.reshape(examples, math.prod(shape) // examples, *trailing)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A layout together with the number of examples.
+
+    Attributes:
+        layout: where the examples are.
+        examples: n.
+    """
+
+    layout: Layout
+    examples: int
+
+    def __call__(self, values: Tensor, leading: int) -> Tensor:
+        """Return the values with shape (n, T, ...)."""
+        return self.layout.arrange(values, leading, self.examples)
+
+
+Leading = Callable[[Any, Tensor], int]
+"""(layer, input) -> how many leading dimensions of the input the layer's parameters do not see."""
+
+Rule = Callable[[Any, Tensor, Tensor, Arrangement], dict[str, Contributions]]
+"""(layer, input, gradient of the output, arrangement) -> contributions to each parameter of the layer that has one."""
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What is known of a layer type.
+
+    Attributes:
+        contributions: the rule.
+        leading: where its examples may lie.
+        accepts: whether the rule holds for this layer's options.
+    """
+
+    contributions: Rule
+    leading: Leading
+    accepts: Callable[[Any], bool]
+
+
+LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
+
+
+def layer_type(layer: nn.Module) -> LayerType | None:
+    """Return what is known of a layer; None for types and options without a rule."""
+    found = LAYER_TYPES.get(_plain_type(layer))
+    if found is None or "forward" in layer.__dict__ or not found.accepts(layer):
+        return None
+    return found
+
+
+def _plain_type(layer: nn.Module) -> type[nn.Module]:
+    """Return the layer's type; FSDP2 makes a subclass of it that computes the same."""
+    kind = type(layer)
+    bases = [base.__name__ for base in kind.__bases__]
+    return kind.__bases__[-1] if len(bases) == 2 and bases[0] == "FSDPModule" else kind
+
+
+def rule(
+    *types: type[nn.Module],
+    leading: Leading,
+    accepts: Callable[[Any], bool] = lambda _: True,
+) -> Callable[[Rule], Rule]:
+    """Register a rule for exactly these types."""
+
+    def register(function: Rule) -> Rule:
+        LAYER_TYPES.update(dict.fromkeys(types, LayerType(function, leading, accepts)))
+        return function
+
+    return register
+
+
+def _all_but_last(_: Any, inputs: Tensor) -> int:
+    return inputs.ndim - 1
+
+
+def _all(_: Any, inputs: Tensor) -> int:
+    return inputs.ndim
+
+
+def _all_but_normalized(layer: Any, inputs: Tensor) -> int:
+    return inputs.ndim - len(layer.normalized_shape)
+
+
+def _first(_: Any, __: Tensor) -> int:
+    return 1
+
+
+def _first_if_batched(dimensions: int) -> Leading:
+    """Convolutions and instance norms also take a single example without a leading dimension."""
+    return lambda _, inputs: 1 if inputs.ndim == dimensions + 2 else 0
+
+
+@rule(nn.Linear, leading=_all_but_last)
+def _linear(
+    layer: nn.Linear, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+) -> dict[str, Contributions]:
+    b = arrange(output_gradients, output_gradients.ndim - 1)
+    found: dict[str, Contributions] = {}
+    if _wants(layer.weight):
+        a = arrange(inputs, inputs.ndim - 1)
+        found["weight"] = Outer(a.unsqueeze(1), b.unsqueeze(1), layer.weight.shape)
+    if _wants(layer.bias):
+        found["bias"] = Explicit(b.sum(1))
+    return found
+
+
+def _convolution(
+    layer: Any, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+) -> dict[str, Contributions]:
+    found: dict[str, Contributions] = {}
+    if _wants(layer.weight):
+        found["weight"] = convolution_weight(layer, inputs, output_gradients, arrange)
+    if _wants(layer.bias):
+        found["bias"] = Explicit(arrange(output_gradients.flatten(2).sum(2), 1).sum(1))
+    return found
+
+
+for _dimensions, _type in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
+    rule(_type, leading=_first_if_batched(_dimensions))(_convolution)
+
+
+# Renormalising writes to the table, and frequencies are those of the whole batch.
+@rule(nn.Embedding, leading=_all, accepts=lambda layer: layer.max_norm is None and not layer.scale_grad_by_freq)
+def _embedding(
+    layer: nn.Embedding, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+) -> dict[str, Contributions]:
+    index = arrange(inputs, inputs.ndim).long()
+    b = arrange(output_gradients, inputs.ndim)
+    if layer.padding_idx is not None:
+        b = b.masked_fill((index == layer.padding_idx)[..., None], 0.0)
+    return {"weight": Lookup(index, b, layer.weight.shape)}
+
+
+def _affine(
+    layer: Any, normalized: Tensor, output_gradients: Tensor, arrange: Arrangement, leading: int
+) -> dict[str, Contributions]:
+    """Contributions to a scale, sum b x, and a shift, sum b, over an example's positions."""
+    found: dict[str, Contributions] = {}
+
+    def total(values: Tensor) -> Tensor:  # (n, T, ..., *space) -> (n, ...)
+        arranged = arrange(values, leading).sum(1)
+        space = arranged.ndim - 1 - layer.weight.ndim
+        return arranged.flatten(-space).sum(-1) if space else arranged
+
+    if _wants(layer.weight):
+        found["weight"] = Explicit(total(normalized * output_gradients))
+    if _wants(getattr(layer, "bias", None)):
+        found["bias"] = Explicit(total(output_gradients))
+    return found
+
+
+@rule(nn.LayerNorm, leading=_all_but_normalized)
+def _layer_norm(
+    layer: nn.LayerNorm, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+) -> dict[str, Contributions]:
+    leading = _all_but_normalized(layer, inputs)
+    normalized = F.layer_norm(inputs, layer.normalized_shape, None, None, layer.eps)
+    return _affine(layer, normalized, output_gradients, arrange, leading)
+
+
+@rule(nn.RMSNorm, leading=_all_but_normalized)
+def _rms_norm(
+    layer: nn.RMSNorm, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+) -> dict[str, Contributions]:
+    leading = _all_but_normalized(layer, inputs)
+    normalized = F.rms_norm(inputs, layer.normalized_shape, None, layer.eps)
+    return _affine(layer, normalized, output_gradients, arrange, leading)
+
+
+@rule(nn.GroupNorm, leading=_first)
+def _group_norm(
+    layer: nn.GroupNorm, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+) -> dict[str, Contributions]:
+    normalized = F.group_norm(inputs, layer.num_groups, None, None, layer.eps)
+    return _affine(layer, normalized, output_gradients, arrange, 1)
+
+
+def _batch_statistics(
+    layer: Any, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+) -> dict[str, Contributions]:
+    """Normalise with the statistics that the layer's forward pass used: its running ones, or the input's own."""
+    is_instance_norm = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+    normalize = F.instance_norm if is_instance_norm else F.batch_norm
+    if layer.training or layer.running_mean is None:
+        mean = variance = None
+    else:
+        mean, variance = layer.running_mean, layer.running_var
+    normalized = normalize(inputs, mean, variance, None, None, mean is None, 0.0, layer.eps)
+    return _affine(layer, normalized, output_gradients, arrange, 1)
+
+
+for _dimensions, _norm in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1):
+    rule(_norm, leading=_first_if_batched(_dimensions))(_batch_statistics)
+rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, leading=_first)(_batch_statistics)
+
+
+def _wants(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad and not torch.is_complex(parameter)
