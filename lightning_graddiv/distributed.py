@@ -1,5 +1,7 @@
 """The few numbers that cross processes."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -43,17 +45,28 @@ def pool_over_ranks(
     return GradientMoments(total, total_sq_norms, joint.sq_norm_of_sum, group_sq_norms, group_sq_counts), False
 
 
+def summed_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Add up each of a few numbers over all processes."""
+    if world_size() == 1:
+        return list(numbers)
+    packed = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    summed: list[float] = packed.tolist()
+    return summed
+
+
 def agreed_over_ranks(value: int | None, device: torch.device) -> int | None:
     """Return the value if every process has the same, else None."""
     number = -1.0 if value is None else float(value)
-    smallest, largest = smallest_over_ranks(number, device), -smallest_over_ranks(-number, device)
-    return value if smallest == largest else None
+    smallest, largest = smallest_over_ranks([number, -number], device)
+    return value if smallest == -largest else None
 
 
-def smallest_over_ranks(value: float, device: torch.device) -> float:
-    """Return the smallest value of any process, so that all of them decide alike."""
+def smallest_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return the smallest of each value over all processes, so that all of them decide alike."""
     if world_size() == 1:
-        return value
-    agreed = torch.tensor(value, dtype=torch.float64, device=device)
+        return list(values)
+    agreed = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    return float(agreed)
+    smallest: list[float] = agreed.tolist()
+    return smallest

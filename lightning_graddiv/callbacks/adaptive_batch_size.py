@@ -273,7 +273,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
                     f"stays at {self.batch_size}."
                 )
             allowed = 0.0
-        return smallest_over_ranks(0.0 if math.isnan(allowed) else allowed, trainer.strategy.root_device)
+        allowed = 0.0 if math.isnan(allowed) else allowed
+        return smallest_over_ranks([allowed], trainer.strategy.root_device)[0]
 
     def _grow(self, trainer: Trainer, target: int, allowed: float, estimate: DiversityEstimate) -> None:
         resizer = self._running()

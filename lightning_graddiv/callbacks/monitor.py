@@ -16,20 +16,19 @@ from lightning_graddiv.callbacks.checks import (
     require_own_prefix,
     require_replicated_parameters,
 )
+from lightning_graddiv.callbacks.measurer import StepMeasurer
+from lightning_graddiv.callbacks.outcome import Outcome
 from lightning_graddiv.callbacks.refusals import Refusals
 from lightning_graddiv.callbacks.report import metrics_of, report
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
-from lightning_graddiv.callbacks.tap import TrainingStepTap
-from lightning_graddiv.distributed import agreed_over_ranks, pool_over_ranks
+from lightning_graddiv.distributed import agreed_over_ranks
 from lightning_graddiv.diversity import (
     MIN_PROBES_FOR_INTERVAL,
     DiversityEstimate,
     GradientMoments,
-    GradientSums,
 )
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example.losses import StepLoss
-from lightning_graddiv.per_example.select import PerExampleEngine
+from lightning_graddiv.per_example.select import check_engine_name
 from lightning_graddiv.rank_check import between_rank_excess
 from lightning_graddiv.window import ProbeWindow
 
@@ -91,13 +90,12 @@ class GradientDiversityMonitor(Callback):
         require(0 < confidence < 1, "confidence", "between 0 and 1", confidence)
         require(bool(log_prefix), "log_prefix", "a name", log_prefix)
         self.every_n_steps = every_n_steps
-        self.engine = engine
+        self.engine = check_engine_name(engine)
         self.max_examples = max_examples
         self.confidence = confidence
         self.log_prefix = log_prefix
         self._dataset_size: int | None = None
         self._stopwatch = Stopwatch()
-        self._tap: TrainingStepTap | None = None
         self._window = ProbeWindow(window)
         self._forget()
 
@@ -108,10 +106,11 @@ class GradientDiversityMonitor(Callback):
         self.examples_seen = 0.0
         self.measurements = 0
         self._window.clear()
-        self._engine = PerExampleEngine(self.engine, self.max_examples)
+        self._measurer = StepMeasurer(self.engine, self.max_examples, type(self).__name__)
         self._measured: GradientMoments | None = None
-        self._measured_step = 0
-        self._measured_learning_rate = 0.0
+        self._coverage = 1.0
+        self._opened_step = 0
+        self._opened_learning_rate = 0.0
         self._stepped = False
         self._is_due = False
         self._size: tuple[int | None, int] | None = None
@@ -163,26 +162,36 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._disarm()  # a hook that skipped the last batch has skipped on_train_batch_end too
+        if self._opens_a_step(trainer, pl_module, batch_idx) and not self._measurer.spans_steps:
+            self._measurer.close()  # a hook that skipped the last batch has skipped on_train_batch_end too
+            # From nothing but what all processes share: they reduce their sums together.
+            self._is_due |= (self.optimizer_steps + 1) % self.every_n_steps == 0
+            if self._is_due and not self._refusals.is_final:
+                self._opened_step = trainer.global_step
+                self._opened_learning_rate = largest_learning_rate(trainer.optimizers[0])
+                self._measurer.open(lambda outcome: self._take(trainer, outcome), self._stopwatch)
         self._stepped = False
-        opens_a_step = batch_idx % trainer.accumulate_grad_batches == 0
-        # From nothing but what all processes share: they reduce their sums together.
-        self._is_due |= opens_a_step and (self.optimizer_steps + 1) % self.every_n_steps == 0
-        if opens_a_step and self._is_due and not self._refusals.is_final:
-            learning_rate = largest_learning_rate(trainer.optimizers[0])
-            self._tap = TrainingStepTap(
-                trainer.strategy, lambda args: self._measure(trainer, pl_module, args, learning_rate)
-            )
+        if self._measurer.is_open:
+            self._measurer.micro_batch(trainer, pl_module, batch_idx)
+
+    def _opens_a_step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
+        if pl_module.automatic_optimization:
+            return batch_idx % trainer.accumulate_grad_batches == 0
+        return self._stepped or self.optimizer_steps == 0
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measurer.after_backward(trainer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._stepped = True
+        self._measurer.before_optimizer_step(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._disarm()
         self.examples_seen += (drawn_examples(single_train_loader(trainer), batch_idx) or 0) * trainer.world_size
         self.optimizer_steps += self._stepped
         moments, self._measured = self._measured, None
@@ -192,11 +201,11 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._disarm()
+        self._measurer.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._disarm()
+        self._measurer.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -218,43 +227,37 @@ class GradientDiversityMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running trainer; Lightning puts ``log`` and ``log_dict`` on every callback."""
-        return {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}} | {
-            "_tap": None
-        }
+        return {name: value for name, value in self.__dict__.items() if name not in {"log", "log_dict"}}
 
     def _count_dataset(self, trainer: Trainer) -> None:
         examples = distinct_examples(single_train_loader(trainer), trainer.num_training_batches, trainer.world_size)
         self._dataset_size = agreed_over_ranks(examples, trainer.strategy.root_device)
         self._window.max_age_examples = float(self._dataset_size or "inf")
 
-    def _disarm(self) -> None:
-        if self._tap is not None:
-            self._tap.remove()
-            self._tap = None
-
-    def _measure(
-        self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...], learning_rate: float
-    ) -> None:
-        """Make one probe of the batch that training is about to use; never raises, and leaves no trace in training."""
-        self._tap = None
-        with self._stopwatch.measuring(trainer.strategy.root_device):
-            moments, refusal = self._probe(trainer, pl_module, args)
-            if moments is not None and moments.count < 2 and drawn_batch_size(single_train_loader(trainer)) != 1:
-                return  # a last batch of one example holds no pairs: the next is due
-            self._is_due = False
-            if moments is not None and moments.count < 2:
-                moments, refusal = None, MeasurementError("The batch holds one example, and diversity is about pairs.")
-            if moments is None:
-                self._refusals.say(type(self).__name__, trainer.global_step, refusal)
-                return
-            self._restart_if_resized(trainer)
-            self.measurements += 1
-            self._measured = moments
-            self._measured_step = trainer.global_step
-            self._measured_learning_rate = learning_rate
-            self._window.append(moments, learning_rate=learning_rate, examples_seen=self.examples_seen)
-            self.latest = self._window.estimate(self._dataset_size, self.confidence)
-            self._check_ranks()
+    def _take(self, trainer: Trainer, outcome: Outcome) -> None:
+        """Take in one probe, or the reason why there is none; on every process alike."""
+        moments, refusal = outcome.moments, outcome.refusal
+        if moments is not None and moments.count < 2 and drawn_batch_size(single_train_loader(trainer)) != 1:
+            return  # a last batch of one example holds no pairs: the next is due
+        self._refusals.count(lasting=outcome.is_lasting and not outcome.is_retried)
+        if outcome.is_retried:
+            return  # the next step is due, with another engine
+        self._is_due = False
+        if moments is not None and moments.count < 2:
+            moments, refusal = None, MeasurementError("The batch holds one example, and diversity is about pairs.")
+        if moments is not None and moments.sum_sq_norms == 0:
+            refusal = MeasurementError("Every per-example gradient is exactly zero: their diversity is undefined.")
+            moments = None
+        if moments is None:
+            self._refusals.say(type(self).__name__, self._opened_step, refusal)
+            return
+        self._restart_if_resized(trainer)
+        self.measurements += 1
+        self._measured = moments
+        self._coverage = outcome.coverage
+        self._window.append(moments, learning_rate=self._opened_learning_rate, examples_seen=self.examples_seen)
+        self.latest = self._window.estimate(self._dataset_size, self.confidence)
+        self._check_ranks()
 
     def _restart_if_resized(self, trainer: Trainer) -> None:
         """Begin a new window where somebody else has changed the size of the batch."""
@@ -262,36 +265,6 @@ class GradientDiversityMonitor(Callback):
         if self._size is not None and size != self._size:
             self._window.clear()
         self._size = size
-
-    def _probe(
-        self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]
-    ) -> tuple[GradientMoments | None, Exception | None]:
-        """Return the moments over all processes; or None on all of them, and why if the reason is ours."""
-        sums, refusal = self._measure_here(trainer, pl_module, args)
-        lasting = isinstance(refusal, MeasurementError) and refusal.lasting
-        try:
-            moments, lasting = pool_over_ranks(sums, trainer.strategy.root_device, lasting=lasting)
-        except ValueError as error:  # the pooled sums are not finite, on every process alike
-            moments, refusal = None, error
-        self._refusals.count(lasting=lasting)
-        if moments is not None and moments.sum_sq_norms == 0:
-            return None, MeasurementError("Every per-example gradient is exactly zero: their diversity is undefined.")
-        return moments, refusal
-
-    def _measure_here(
-        self, trainer: Trainer, pl_module: LightningModule, args: tuple[Any, ...]
-    ) -> tuple[GradientSums | None, Exception | None]:
-        try:
-            parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
-            loss = StepLoss(pl_module, step_args=args[1:], parameters=parameters)
-            at_most = drawn_batch_size(single_train_loader(trainer))
-            # Fresh noise in each measurement and on each process: with equal masks, gradients would be too much alike.
-            seed = self.measurements * trainer.world_size + trainer.global_rank
-            sums = self._engine.measure(loss, args[0], at_most=at_most, seed=seed).sums()
-            sums.moments()  # refuses what is not finite before other processes count on it
-        except Exception as error:  # measuring must never end a training run
-            return None, error
-        return sums, None
 
     def _check_ranks(self) -> None:
         if len(self._window) < _PROBES_FOR_RANK_CHECK:
@@ -307,10 +280,11 @@ class GradientDiversityMonitor(Callback):
         metrics = metrics_of(
             estimate,
             batch_size=self._effective_batch_size(trainer),
-            learning_rate=self._measured_learning_rate * self._learning_rate_factor(),
+            learning_rate=self._opened_learning_rate * self._learning_rate_factor(),
+            coverage=self._coverage,
             overhead=self._stopwatch.overhead,
         )
-        report(trainer, pl_module, metrics, prefix=self.log_prefix, step=self._measured_step)
+        report(trainer, pl_module, metrics, prefix=self.log_prefix, step=self._opened_step)
 
     def _effective_batch_size(self, trainer: Trainer) -> int:
         drawn = drawn_batch_size(single_train_loader(trainer))

@@ -11,7 +11,7 @@ _SHOWN = "batch_size_bound"
 
 
 def metrics_of(
-    estimate: DiversityEstimate, *, batch_size: int, learning_rate: float, overhead: float
+    estimate: DiversityEstimate, *, batch_size: int, learning_rate: float, coverage: float, overhead: float
 ) -> dict[str, float]:
     """Return what is logged of an estimate, by name.
 
@@ -19,6 +19,7 @@ def metrics_of(
         estimate: the estimate.
         batch_size: effective batch size, examples per optimizer step.
         learning_rate: the rate of the measured step.
+        coverage: share of |gradient|^2 in the parameters that were measured.
         overhead: seconds of measuring over seconds of training without.
     """
     metrics = {
@@ -31,6 +32,7 @@ def metrics_of(
         "batch_size": float(batch_size),
         "learning_rate": learning_rate,
         "sample_efficiency": gain(batch_size, estimate.bound) / batch_size,
+        "coverage": coverage,
         "overhead": overhead,
     }
     return metrics if estimate.diversity is None else {**metrics, "diversity": estimate.diversity}

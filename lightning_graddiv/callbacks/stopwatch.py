@@ -35,6 +35,10 @@ class Stopwatch:
             _finish(device)
             self._measuring += time.perf_counter() - start
 
+    def add(self, seconds: float) -> None:
+        """Count seconds of training as measuring."""
+        self._measuring += seconds
+
     @property
     def overhead(self) -> float:
         """Seconds of measuring over seconds of training without measuring."""

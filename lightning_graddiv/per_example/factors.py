@@ -92,6 +92,7 @@ class Explicit(Contributions):
     """Shape (n, ...)."""
 
     @property
+    @override
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.values.shape[1:]
 
@@ -154,15 +155,15 @@ class Outer(Contributions):
     def _project(self, probe: Probe) -> Tensor:
         left = probe.left.unflatten(1, (self.inputs.shape[1], -1))  # (p, g, out)
         outputs = self.output_gradients @ left.permute(1, 2, 0)  # (n, g, T, p)
-        return ((self.inputs @ probe.right.T) * outputs).sum((0, 1, 2), dtype=torch.float64)
+        projections: Tensor = ((self.inputs @ probe.right.T) * outputs).sum((0, 1, 2), dtype=torch.float64)
+        return projections
 
     def _by_gram(self) -> Tensor:
         """|sum_t b_t a_t'|^2 = sum_{t,s} <a_t, a_s> <b_t, b_s>."""
         a, b = self.inputs, self.output_gradients
-        products: Tensor = (a @ a.transpose(-1, -2)).mul_(b @ b.transpose(-1, -2))
+        products = (a @ a.transpose(-1, -2)) * (b @ b.transpose(-1, -2))
         # A sum that is zero may round below it.
-        norms: Tensor = products.sum((1, 2, 3), dtype=torch.float64).clamp_(min=0)
-        return norms
+        return products.sum((1, 2, 3), dtype=torch.float64).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ class Total(Contributions):
     parts: tuple[Contributions, ...]
 
     @property
+    @override
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.parts[0].shape
 

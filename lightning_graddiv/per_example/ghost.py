@@ -6,9 +6,10 @@ break in-place activations.) A hook on each parameter sees its whole gradient be
 a use of the parameter that no layer accounts for is noticed in the very step that makes it.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -76,11 +77,15 @@ class Recorded:
         examples: n.
         sq_norms: squared norms of the contributions, shape (n,), float64.
         misses: why a parameter is not accounted for.
+        projections: of the gradient of this pass, shape (4,), float64.
+        local_sq_norm: ``|gradient so far|^2``, this pass included; None where it was not asked for or is not known.
     """
 
     examples: int
-    sq_norms: dict[int, Tensor] = field(default_factory=dict)
-    misses: dict[int, str] = field(default_factory=dict)
+    sq_norms: dict[int, Tensor]
+    misses: dict[int, str]
+    projections: Tensor
+    local_sq_norm: float | None
 
     def total(self, parameters: Sequence[int]) -> Tensor:
         """Return the squared norms over these parameters, shape (n,)."""
@@ -95,6 +100,9 @@ class GhostRecorder:
         parameters: the parameters to measure; everything is known by its index in here.
         layouts: where the examples lie, proven before.
         shared: parameters that are known to be used more than once, which wait for the end of the backward pass.
+        measured: the parameters that matter, by index. None: all.
+        keeps_local: whether to keep the norm of the gradient so far, before processes exchange theirs.
+        assumed: whether a leading dimension of the right size is taken for the examples, without proof.
         seed: of the random directions that a gradient is compared in; the same on every process.
     """
 
@@ -104,16 +112,23 @@ class GhostRecorder:
         layouts: Layouts | None = None,
         *,
         shared: frozenset[int] = frozenset(),
+        measured: frozenset[int] | None = None,
+        keeps_local: bool = False,
+        assumed: bool = False,
         seed: int = 0,
     ) -> None:
         self.uses: list[Use] = []
-        self.local_sq_norm: Tensor | float = 0.0
+        self.seconds = 0.0
         self._parameters = list(parameters)
         self._layouts = layouts
         self._shared = shared
+        self._measured = frozenset(range(len(self._parameters))) if measured is None else measured
+        self._keeps_local = keeps_local
+        self._assumed = assumed
         self._seed = seed
         self._probes: dict[int, Probe] = {}
         self._handles: list[RemovableHandle] = []
+        self._unsharded: set[int] = set()
         self._examples = 0
         self._clear()
 
@@ -122,6 +137,7 @@ class GhostRecorder:
         self._calls: dict[int, int] = defaultdict(int)
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
+        self._local: dict[int, Tensor] = {}
         self._misses: dict[int, str] = {}
         self._coarse = False
         self._error: Exception | None = None
@@ -143,14 +159,14 @@ class GhostRecorder:
         """
         self.detach()  # from what ran before, if anything did
         tensors = self._parameters if stand_ins is None else stand_ins
-        indices = {id(tensor): index for index, tensor in enumerate(tensors)}
+        indices = {id(tensor): index for index, tensor in enumerate(tensors) if index in self._measured}
         for layer in module.modules():
             held = {name: indices[id(p)] for name, p in layer._parameters.items() if id(p) in indices}
             kind = layer_type(layer) if held else None
             if kind is not None:
                 self._attach_layer(layer, kind, held)
         for index, tensor in enumerate(tensors):
-            if not hasattr(tensor, "device_mesh"):
+            if index in self._measured and not is_sharded(tensor):
                 self._handles.append(tensor.register_hook(self._gradient_hook(index)))
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
@@ -158,14 +174,25 @@ class GhostRecorder:
             self._guarded(lambda: self._on_call(layer, kind, held, args, kwargs, output))
 
         # The first hook sees what the layer itself put out; those of the user may replace it.
-        handle = layer.register_forward_hook(after, prepend=True, with_kwargs=True)
-        self._handles.append(handle)
+        self._handles.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
+        if any(is_sharded(layer._parameters[name]) for name in held):
+            before = layer.register_forward_pre_hook(lambda layer, _: self._guarded(lambda: self._unshard(layer, held)))
+            self._handles.append(before)
+
+    def _unshard(self, layer: nn.Module, held: dict[str, int]) -> None:
+        """Watch the whole parameters that FSDP2 puts in place of the sharded ones while the layer runs."""
+        for name, index in held.items():
+            whole = layer._parameters[name]
+            if whole is not None and whole.requires_grad and index not in self._unsharded and not is_sharded(whole):
+                self._unsharded.add(index)
+                self._handles.append(whole.register_hook(self._gradient_hook(index)))
 
     def detach(self) -> None:
         """Remove every hook and let go of every tensor; may be called more than once."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._unsharded = set()
         self._clear()
 
     def begin(self, examples: int) -> None:
@@ -182,7 +209,13 @@ class GhostRecorder:
         if self._error is not None:
             raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
         self._add_waiting()
-        recorded = Recorded(self._examples, {i: norms for i, (norms, _) in self._found.items()}, dict(self._misses))
+        recorded = Recorded(
+            self._examples,
+            {i: norms for i, (norms, _) in self._found.items()},
+            dict(self._misses),
+            sum((wanted.cpu() for wanted, _ in self._gradients.values()), torch.zeros(4, dtype=torch.float64)),
+            self._local_sq_norm(),
+        )
         self._compare(recorded)
         self._clear()
         return recorded
@@ -195,11 +228,13 @@ class GhostRecorder:
         """Run our part of a training step: it must not end the step."""
         if self._error is not None:
             return
+        start = time.perf_counter()
         try:
             with torch.no_grad():
                 record()
         except Exception as error:
             self._error = error
+        self.seconds += time.perf_counter() - start
 
     def _on_call(
         self,
@@ -267,7 +302,7 @@ class GhostRecorder:
     def _layout(self, index: int, ordinal: int, leading: tuple[int, ...]) -> Layout | None:
         if self._layouts is None:
             return None
-        layout = self._layouts.get((index, ordinal))
+        layout = Layout.FIRST if self._assumed else self._layouts.get((index, ordinal))
         return layout if layout is not None and layout.fits(leading, self._examples) else None
 
     def _gradient_hook(self, index: int) -> Callable[[Tensor], None]:
@@ -279,6 +314,26 @@ class GhostRecorder:
             return
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         self._gradients[index] = self._probe(index).of(dense), sum_of_squares([dense])
+        if self._keeps_local:
+            before = self._parameters[index].grad
+            so_far = dense if before is None else before.detach() + dense
+            self._local[index] = sum_of_squares([so_far])
+
+    def _local_sq_norm(self) -> float | None:
+        if not self._keeps_local or any(
+            self._parameters[index].grad is not None for index in self._measured - self._local.keys()
+        ):
+            return None  # a parameter that this pass did not reach holds a gradient that may be everybody's
+        return float(torch.stack(list(self._local.values())).sum()) if self._local else 0.0
+
+    def projected(self, gradients: Sequence[Tensor | None], indices: Sequence[int]) -> Tensor:
+        """Return the projections of these parameters' gradients together, shape (4,), float64."""
+        found = (
+            self._probe(index).of(gradient.to_dense() if gradient.is_sparse else gradient).cpu()
+            for index, gradient in zip(indices, gradients, strict=True)
+            if gradient is not None
+        )
+        return sum(found, torch.zeros(4, dtype=torch.float64))
 
     def _probe(self, index: int) -> Probe:
         if index not in self._probes:
@@ -306,6 +361,11 @@ class GhostRecorder:
             if not error <= relative * scale**0.5 + float(slack):
                 reason = "it is used outside of its layer" if index in self._found else "no layer with a rule uses it"
                 recorded.misses.setdefault(index, reason)
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Tell a parameter of which this process holds only a part (FSDP2)."""
+    return hasattr(tensor, "device_mesh")
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class _Guard(TorchDispatchMode):
     """Sees every operator below autograd and vmap, also those that act on ``parameter.data``."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kept: dict[int | None, tuple[str, nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             self._kept[_storage(parameter)] = (name, parameter)

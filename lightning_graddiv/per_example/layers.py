@@ -103,6 +103,11 @@ def layer_type(layer: nn.Module) -> LayerType | None:
     return found
 
 
+def mixes_examples(layer: nn.Module) -> bool:
+    """Tell batch normalisation with the batch's own statistics, where an example's output depends on the others."""
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or layer.running_mean is None)
+
+
 def _plain_type(layer: nn.Module) -> type[nn.Module]:
     """Return the layer's type; FSDP2 makes a subclass of it that computes the same."""
     kind = type(layer)

@@ -76,7 +76,7 @@ class _NoiseOff(TorchDispatchMode):
     """Sees every operator below autograd and vmap, so that noise inside fused layers is found too."""
 
     def __init__(self, noise: Noise, *, high: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._noise = noise
         self._high = high
 

@@ -36,12 +36,14 @@ class GhostPlan:
         shared: parameters that are used more than once.
         misses: why a parameter is not covered, by its index; all others are.
         reduction: how the loss adds up its examples.
+        assumed: whether nothing was proven, and every layer's leading dimension is taken for the examples.
     """
 
     layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
     misses: dict[int, str] = field(default_factory=dict)
     reduction: Reduction = "mean"
+    assumed: bool = False
 
 
 def prove(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) -> tuple[GhostPlan, Sample]:

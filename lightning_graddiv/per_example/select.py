@@ -83,7 +83,7 @@ class PerExampleEngine:
         with measuring(loss.module, seed):
             if total == 1:  # nothing to compare with: the reference itself, at the same cost
                 return loop_gradients(loss, batch, total)
-            if self._is_trusted and not _is_check_due(self._measured):
+            if self._is_trusted and not is_check_due(self._measured):
                 return self._measure(loss, batch, total)
             self._is_trusted = False  # until this check has passed
             measured = self._checked(loss, batch, total)
@@ -125,7 +125,8 @@ class PerExampleEngine:
         return measured
 
 
-def _is_check_due(measured: int) -> bool:
+def is_check_due(measured: int) -> bool:
+    """Tell whether to check again after so many measurements: 0, 1, 2, 4, 8, ... and every 64."""
     return measured & (measured - 1) == 0 or measured % 64 == 0
 
 

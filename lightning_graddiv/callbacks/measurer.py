@@ -1,0 +1,311 @@
+"""Who measures the next step: the engines in their order, armed for one optimizer step at a time."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_graddiv.batching.loops import single_train_loader
+from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
+from lightning_graddiv.callbacks.outcome import (
+    MIN_COVERAGE,
+    AppliedGroups,
+    Outcome,
+    ghost_outcome,
+    group_outcome,
+    replay_outcome,
+)
+from lightning_graddiv.callbacks.stopwatch import Stopwatch
+from lightning_graddiv.callbacks.tap import TrainingStepTap
+from lightning_graddiv.distributed import smallest_over_ranks
+from lightning_graddiv.diversity import GradientSums
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.batches import count_examples
+from lightning_graddiv.per_example.ghost import is_sharded
+from lightning_graddiv.per_example.in_band import GhostEngine, GhostStep, GroupStep, InBandStep
+from lightning_graddiv.per_example.losses import StepLoss
+from lightning_graddiv.per_example.select import PerExampleEngine
+
+_ORDER = {
+    "auto": ("ghost", "replay", "microbatch"),
+    "ghost": ("ghost",),
+    "functional": ("replay",),
+    "loop": ("replay",),
+    "microbatch": ("microbatch",),
+}
+
+_SAID = {
+    "replay": "the engines `functional` and `loop`, which run the step again on single examples; `max_examples` limits "
+    "their cost",
+    "microbatch": "the engine `microbatch`, which compares the gradients of whole micro-batches, of processes, or of "
+    "consecutive steps",
+}
+
+
+_NOTHING_COVERED = MeasurementError("no layer with a rule holds its parameters.", lasting=True)
+
+
+class StepMeasurer:
+    """Measures optimizer steps, each with the first engine in the order that still can.
+
+    In-band engines watch all micro-batches of the step; those that run it again, its first one.
+
+    Args:
+        engine: see :class:`.GradientDiversityMonitor`.
+        max_examples: of a micro-batch, for engines that run the step again.
+        callback: whose name is said in warnings.
+    """
+
+    def __init__(self, engine: str, max_examples: int | None, callback: str) -> None:
+        self._engines = list(_ORDER[engine])
+        self._replay = PerExampleEngine(engine if engine in {"functional", "loop"} else "auto", max_examples)
+        self._ghost = GhostEngine()
+        self._callback = callback
+        self._attempts = 0
+        self._has_said_what = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._on_outcome: Callable[[Outcome], None] | None = None
+        self._tap: TrainingStepTap | None = None
+        self._step: InBandStep | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._earlier: list[AppliedGroups] = []
+        self._stopwatch = Stopwatch()
+        self._stance: Any = None
+        self._error: MeasurementError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running step."""
+        idle = StepMeasurer.__new__(StepMeasurer)
+        idle._reset()
+        return {**self.__dict__, **idle.__dict__}
+
+    @property
+    def engine(self) -> str:
+        """The engine in use: ``ghost``, ``replay`` (functional or loop) or ``microbatch``."""
+        return self._engines[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the measurement of a step has begun and not ended."""
+        return self._on_outcome is not None
+
+    @property
+    def spans_steps(self) -> bool:
+        """Whether it waits for the next optimizer step to compare this one with."""
+        return bool(self._earlier)
+
+    def open(self, on_outcome: Callable[[Outcome], None], stopwatch: Stopwatch) -> None:
+        """Measure the optimizer step that now begins.
+
+        Args:
+            on_outcome: called once that is done.
+            stopwatch: told what it takes.
+        """
+        self.close()
+        self._on_outcome = on_outcome
+        self._stopwatch = stopwatch
+        if "torch._dynamo" in sys.modules:  # compiled code would not call hooks that came later
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def micro_batch(self, trainer: Any, module: Any, batch_idx: int) -> None:
+        """Watch the micro-batch that is about to be trained on."""
+        self._disarm()
+
+        def look(args: tuple[Any, ...]) -> None:
+            self._tap = None
+            with self._stopwatch.measuring(trainer.strategy.root_device):
+                self._on_step(trainer, module, args, batch_idx)
+
+        self._tap = TrainingStepTap(trainer.strategy, look)
+
+    def after_backward(self, trainer: Any) -> None:
+        """Take in what a backward pass showed."""
+        if self._step is None or self._error is not None:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        with self._stopwatch.measuring(trainer.strategy.root_device):
+            try:
+                self._step.backward(1.0 if scaler is None else float(scaler.get_scale()))
+            except MeasurementError as error:
+                self._error = error
+
+    def before_optimizer_step(self, trainer: Any) -> None:
+        """End the measurement of a step that was watched, with the gradient that is about to be applied."""
+        with self._stopwatch.measuring(trainer.strategy.root_device):
+            self._compare(self._step, trainer.world_size, trainer.strategy.root_device)
+
+    def _compare(self, step: InBandStep | None, world_size: int, device: torch.device) -> None:
+        if isinstance(step, GhostStep):
+            outcome, rest_is_good = ghost_outcome(step, self._parameters, self._error, device)
+            if not rest_is_good:
+                self._leave_out(step, outcome.coverage)
+            self._ghost.settle(is_good=outcome.moments is not None)
+            self._end(outcome)
+        elif isinstance(step, GroupStep):
+            step.close()
+            groups = AppliedGroups.of(step, self._parameters)
+            if self._error is None and world_size * len(groups.groups) == 1 and not self._earlier:
+                self._earlier, self._step = [groups], None  # the next step makes the second group
+                return
+            self._end(group_outcome([*self._earlier, groups], self._error, device))
+
+    def close(self) -> None:
+        """End what is going on and remove every hook; may be called more than once."""
+        self._disarm()
+        if self._step is not None:
+            self._step.close()
+            self._stopwatch.add(self._step.seconds)
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+        self._reset()
+
+    def _disarm(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+
+    def _end(self, outcome: Outcome, *, may_fall_back: bool = True) -> None:
+        on_outcome, may_fall_back = self._on_outcome, may_fall_back and not self._is_sharded()
+        self._attempts += 1
+        self.close()
+        if outcome.is_lasting and may_fall_back and self._falls_back_to(self._engines[1:], outcome.refusal):
+            outcome = replace(outcome, is_retried=True)
+        if on_outcome is not None:
+            on_outcome(outcome)
+
+    def _falls_back_to(self, engines: Sequence[str], reason: Exception | None) -> bool:
+        """Go on with the next engine, if there is one, and say so."""
+        if not engines:
+            return False
+        before, self._engines = self.engine, list(engines)
+        say = rank_zero_info if reason is _NOTHING_COVERED else rank_zero_warn  # that is a choice, not a failure
+        say(
+            f"{self._callback}: the engine `{before}` cannot measure this model: "
+            f"{reason or 'another process says so.'} Falling back to {_SAID[self.engine]}."
+        )
+        return True
+
+    def _on_step(self, trainer: Any, module: Any, args: tuple[Any, ...], batch_idx: int) -> None:
+        """Look at the arguments of a training step that is about to run, at the weights that it will see."""
+        if self._error is not None:
+            return
+        if self._step is None and not self._earlier:
+            self._parameters = _trained(module, trainer.optimizers[0])
+        if self._step is None and self.engine == "ghost" and not self._is_proven(trainer, module, args):
+            return
+        if self.engine == "replay":
+            self._end(self._replayed(trainer, module, args))
+            return
+        if self._step is None:
+            self._step = self._begun(trainer)
+        try:
+            loss = None if self.engine == "microbatch" or self._is_sharded() else self._loss(trainer, module, args)
+            examples = self._count(trainer, args, batch_idx)
+            self._step.forward(module, loss, args[0], examples, trainer.accumulate_grad_batches)
+        except MeasurementError as error:
+            self._error = error
+
+    def _begun(self, trainer: Any) -> InBandStep:
+        if self.engine == "microbatch":
+            return GroupStep(self._parameters)
+        compares = trainer.world_size > 1 and not self._is_sharded()
+        # Fresh noise in each measurement and on each process: with equal masks, gradients would be too much alike.
+        noise_seed = self._attempts * trainer.world_size + trainer.global_rank
+        return self._ghost.step(
+            self._parameters, compares_processes=compares, seed=self._attempts, noise_seed=noise_seed
+        )
+
+    def _is_proven(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> bool:
+        """Prove on every process what the rules cover, where that is due; tell whether measuring goes on."""
+        if not self._ghost.is_check_due(self._parameters):
+            return True
+        mask, error = self._proof(trainer, module, args)
+        is_lasting = isinstance(error, MeasurementError) and error.lasting
+        numbers = [float(error is None), float(not is_lasting), *mask]
+        is_good, is_passing, *agreed = smallest_over_ranks(numbers, trainer.strategy.root_device)
+        if is_good and any(agreed):
+            self._ghost.adopt(agreed, self._parameters)
+            self._say_what(module)
+            return True
+        self._ghost.settle(is_good=False)
+        if is_good:
+            error = _NOTHING_COVERED
+        # What cannot be split into examples for a proof cannot be split for measuring either.
+        following = self._engines[1:] if is_good else [name for name in self._engines[1:] if name == "microbatch"]
+        if (is_good or not is_passing) and not self._is_sharded() and self._falls_back_to(following, error):
+            return True
+        self._end(Outcome(None, refusal=error, is_lasting=is_good > 0 or not is_passing), may_fall_back=False)
+        return False
+
+    def _proof(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> tuple[list[float], Exception | None]:
+        nothing = [0.0] * len(self._parameters)
+        try:
+            if self._is_sharded():
+                return self._ghost.assume(module, self._parameters), None
+            loss = self._loss(trainer, module, args)
+            total = count_examples(args[0], drawn_batch_size(single_train_loader(trainer)))
+            if total < 2:
+                return nothing, MeasurementError("A micro-batch of one example cannot prove what measures it.")
+            return self._ghost.check(loss, args[0], total, seed=self._attempts), None
+        except Exception as error:  # measuring must never end a training run
+            return nothing, error
+
+    def _replayed(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> Outcome:
+        sums: GradientSums | None = None
+        refusal: Exception | None = None
+        try:
+            at_most = drawn_batch_size(single_train_loader(trainer))
+            seed = self._attempts * trainer.world_size + trainer.global_rank
+            loss = self._loss(trainer, module, args)
+            sums = self._replay.measure(loss, args[0], at_most=at_most, seed=seed).sums()
+            sums.moments()  # refuses what is not finite before other processes count on it
+        except Exception as error:  # measuring must never end a training run
+            sums, refusal = None, error
+        return replay_outcome(sums, refusal, trainer.strategy.root_device)
+
+    def _loss(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> StepLoss:
+        parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        return StepLoss(module, step_args=args[1:], parameters=parameters)
+
+    def _count(self, trainer: Any, args: tuple[Any, ...], batch_idx: int) -> int:
+        loader = single_train_loader(trainer)
+        if self.engine == "microbatch":  # rows need not be examples: the loader knows better
+            drawn = drawn_examples(loader, batch_idx)
+            return drawn if drawn is not None else count_examples(args[0])
+        return count_examples(args[0], drawn_batch_size(loader))
+
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(parameter) for parameter in self._parameters)
+
+    def _leave_out(self, step: GhostStep, coverage: float) -> None:
+        self._ghost.leave_out_the_rest()
+        if coverage < MIN_COVERAGE:
+            return  # said with the fall to the next engine
+        rank_zero_warn(
+            f"{self._callback}: {len(self._parameters) - len(step.covered)} parameters cannot be measured "
+            f"({step.rest_error or 'another process says so'}). The estimate is that of the others, which hold "
+            f"{coverage:.1%} of |gradient|^2 (logged as `coverage`)."
+        )
+
+    def _say_what(self, module: nn.Module) -> None:
+        if self._has_said_what:
+            return
+        self._has_said_what = True
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        others = [names[id(self._parameters[index])] for index in sorted(self._ghost.misses)]
+        rest = f"; the others by running the step again: {', '.join(others)}" if others else ""
+        rank_zero_info(
+            f"{self._callback}: {len(self._ghost.covered)} of {len(self._parameters)} parameters are measured in the "
+            f"training step itself{rest}"
+        )
+
+
+def _trained(module: nn.Module, optimizer: Any) -> list[nn.Parameter]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in module.parameters() if p.requires_grad and id(p) in held]

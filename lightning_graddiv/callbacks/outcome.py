@@ -1,0 +1,188 @@
+"""From what each process saw of a step to the moments of all: the few numbers that cross processes."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_graddiv.contributions import ContributionSums
+from lightning_graddiv.distributed import pool_over_ranks, summed_over_ranks, world_size
+from lightning_graddiv.diversity import GradientMoments, GradientSums
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.ghost import is_sharded
+from lightning_graddiv.per_example.in_band import GhostStep, GroupStep
+from lightning_graddiv.per_example.microbatch import GroupSums
+from lightning_graddiv.per_example.norms import sum_of_squares
+
+MIN_COVERAGE = 0.9
+"""Of |gradient|^2; below it, what is measured says too little about the whole."""
+
+_SAME_GRADIENT = 1e-2
+"""How far the applied gradient may be from what the backward passes gave; communication in 16 bits rounds by less."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the measurement of a step ended, the same on every process except for the reason.
+
+    Attributes:
+        moments: over all processes; None where the measurement was dropped.
+        coverage: share of |gradient|^2 in the parameters that were measured.
+        refusal: why it was dropped; None where another process has the reason.
+        is_lasting: whether it would be dropped again.
+        is_retried: whether another engine takes over, which has been said.
+    """
+
+    moments: GradientMoments | None
+    coverage: float = 1.0
+    refusal: Exception | None = None
+    is_lasting: bool = False
+    is_retried: bool = False
+
+
+def replay_outcome(sums: GradientSums | None, refusal: Exception | None, device: torch.device) -> Outcome:
+    """Return the outcome of running a micro-batch's step again. Every process must call this, as all in here."""
+    is_lasting = isinstance(refusal, MeasurementError) and refusal.lasting
+    try:
+        moments, is_lasting = pool_over_ranks(sums, device, lasting=is_lasting)
+    except ValueError as error:  # the pooled sums are not finite, on every process alike
+        return Outcome(None, refusal=error)
+    return Outcome(moments, refusal=refusal, is_lasting=is_lasting)
+
+
+def ghost_outcome(
+    step: GhostStep, parameters: Sequence[nn.Parameter], error: MeasurementError | None, device: torch.device
+) -> tuple[Outcome, bool]:
+    """Return the outcome of a step measured in-band, and whether the rest could be measured too."""
+    world = world_size()
+    measured = set(step.covered)
+    norms = applied_sq_norms(parameters)
+    of_covered = sum(norm for index, norm in enumerate(norms) if index in measured)
+    is_whole = not any(is_sharded(parameter) for parameter in parameters)
+    if error is None and not is_whole:
+        error = step.unreached([norm > 0 for norm in norms])
+    applied = step.applied_projections() if is_whole else step.projections * 0
+    sums = step.sums
+    numbers = [
+        float(error is not None),
+        float(error is not None and error.lasting),
+        float(step.rest_error is not None),
+        float(step.local_sq_norm is None),
+        sums.sum_sq_norms,
+        sums.rest_sq_norms,
+        sums.sum_weights,
+        sums.sum_sq_weights,
+        sums.sum_weights**2,
+        step.local_sq_norm or 0.0,
+        of_covered,
+        sum(norms),
+        *step.projections.tolist(),
+    ]
+    failed, lasting, rest_failed, no_groups, *summed = summed_over_ranks(numbers, device)
+    if failed > 0:
+        return Outcome(None, refusal=error, is_lasting=lasting > 0), True
+    s1, rest_s1, weights, sq_weights, group_weights, local, covered_norm, whole_norm, *local_projections = summed
+    measures_rest = step.measures_rest and rest_failed == 0
+    coverage = 1.0 if measures_rest or whole_norm == 0 else covered_norm / whole_norm
+    s1, s2 = (s1 + rest_s1, whole_norm) if measures_rest else (s1, covered_norm)
+    contributions = ContributionSums(
+        s1 / world**2,
+        s2,
+        weights / world,
+        sq_weights / world**2,
+        local / world**2 if world > 1 and no_groups == 0 and coverage == 1 and not step.measures_rest else None,
+        group_weights / world**2,
+    )
+    if is_whole:
+        expected = torch.tensor(local_projections, dtype=torch.float64) / world
+        allowed = _SAME_GRADIENT * (contributions.sum_sq_norms + s2) ** 0.5
+        if not float((applied - expected).abs().max()) <= allowed:
+            return Outcome(None, refusal=_changed(s1, s2), is_lasting=False), not rest_failed
+    if coverage < MIN_COVERAGE:
+        return Outcome(None, coverage, _uncovered(step, coverage), is_lasting=True), not rest_failed
+    return _moments_of(contributions, coverage), not rest_failed
+
+
+def group_outcome(steps: Sequence["AppliedGroups"], error: MeasurementError | None, device: torch.device) -> Outcome:
+    """Return the outcome of comparing groups: of one step on all processes, or of consecutive steps."""
+    world = world_size()
+    groups = [group for step in steps for group in step.groups]
+    weight = 1 / (world * len(groups)) if groups else 0.0
+    sums = GroupSums()
+    for sq_norm, examples in groups:
+        sums += GroupSums.of_group(sq_norm, examples, weight)
+    is_lasting = error is not None and error.lasting
+    failed, lasting, *pooled = summed_over_ranks([float(error is not None), float(is_lasting), *astuple(sums)], device)
+    if failed > 0:
+        return Outcome(None, refusal=error, is_lasting=lasting > 0)
+    mean = torch.stack([step.mean_gradient for step in steps]).mean(0) if len(steps) > 1 else steps[0].mean_gradient
+    try:
+        return Outcome(GroupSums(*pooled).moments(float(sum_of_squares([mean]))))
+    except (MeasurementError, ValueError) as refusal:
+        return Outcome(None, refusal=refusal)
+
+
+@dataclass(frozen=True)
+class AppliedGroups:
+    """The groups of one optimizer step, on this process.
+
+    Attributes:
+        groups: (|G_j|^2, examples) of each micro-batch.
+        mean_gradient: the mean of the G_j of all processes, flattened.
+    """
+
+    groups: list[tuple[float, float]]
+    mean_gradient: Tensor
+
+    @classmethod
+    def of(cls, step: GroupStep, parameters: Sequence[nn.Parameter]) -> "AppliedGroups":
+        """Take them over once the gradient that is about to be applied is complete."""
+        scale = step.divisor / max(1, len(step.groups))  # a last window may hold fewer micro-batches than the divisor
+        dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = [(g.to_dense() if g.is_sparse else g).detach().flatten() for g in dense]
+        return cls(list(step.groups), torch.cat(flat).float().mul_(scale))
+
+
+def applied_sq_norms(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """Return this process's part of |gradient|^2 of each parameter: they add up over the processes."""
+    zero = torch.zeros((), dtype=torch.float64)
+    norms = [zero if p.grad is None else _part(p.grad).cpu() for p in parameters]
+    found: list[float] = torch.stack(norms).tolist() if norms else []
+    return found
+
+
+def _part(gradient: Any) -> Tensor:
+    if is_sharded(gradient):
+        replicas = 1
+        for dimension, placement in enumerate(gradient.placements):
+            replicas *= gradient.device_mesh.size(dimension) if placement.is_replicate() else 1
+        return sum_of_squares([gradient.to_local()]) / replicas
+    dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return sum_of_squares([dense]) / world_size()
+
+
+def _moments_of(contributions: ContributionSums, coverage: float) -> Outcome:
+    try:
+        return Outcome(contributions.moments() if contributions.count > 0 else None, coverage)
+    except ValueError as error:
+        return Outcome(None, refusal=MeasurementError(f"The step's gradients are not finite ({error})."))
+
+
+def _changed(sum_sq_norms: float, sq_norm_of_sum: float) -> MeasurementError:
+    if not torch.isfinite(torch.tensor([sum_sq_norms, sq_norm_of_sum])).all():
+        return MeasurementError("The step's gradients are not finite.")
+    return MeasurementError(
+        "The gradient that the optimizer is about to apply is not the mean of what the processes' backward passes "
+        "gave: a hook, a callback or training_step itself changes it. Change gradients in "
+        "`configure_gradient_clipping` or in the optimizer, which come after the measurement."
+    )
+
+
+def _uncovered(step: GhostStep, coverage: float) -> MeasurementError:
+    return MeasurementError(
+        f"the layers with a rule hold only {coverage:.0%} of |gradient|^2"
+        + (f", and the others cannot be measured ({step.rest_error})" if step.rest_error else ""),
+        lasting=True,
+    )

@@ -1,0 +1,345 @@
+"""One optimizer step measured while training takes it: all its micro-batches, with no pass of its own.
+
+What the hooks see are contributions c_i = a_i g_i, which add up to the gradient that the optimizer applies. With k the
+divisor that stands before a micro-batch's loss and m its examples, a process sees a_i = 1/(k m) for a mean loss and 1/k
+for a sum; the mean over the processes is taken later.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.ghost import GhostRecorder
+from lightning_graddiv.per_example.layers import layer_type, mixes_examples
+from lightning_graddiv.per_example.losses import StepLoss, measuring
+from lightning_graddiv.per_example.norms import sum_of_squares
+from lightning_graddiv.per_example.proof import GhostPlan, prove
+from lightning_graddiv.per_example.select import PerExampleEngine, is_check_due, with_frozen_copied
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What one process's examples of a step add up to, as contributions to its own gradient; all may be added up.
+
+    Attributes:
+        sum_sq_norms: ``sum |c_i|^2`` over the parameters measured in-band.
+        rest_sq_norms: the same over those that are measured by running the step again.
+        sum_weights: ``sum a_i``.
+        sum_sq_weights: ``sum a_i^2``.
+    """
+
+    sum_sq_norms: float = 0.0
+    rest_sq_norms: float = 0.0
+    sum_weights: float = 0.0
+    sum_sq_weights: float = 0.0
+
+
+class InBandStep(ABC):
+    """The measurement of one optimizer step, fed micro-batch by micro-batch.
+
+    Attributes:
+        seconds: spent in its hooks.
+    """
+
+    seconds: float
+
+    @abstractmethod
+    def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
+        """Get ready for the forward and backward pass of a micro-batch."""
+
+    @abstractmethod
+    def backward(self, scale: float) -> None:
+        """Take in what the backward pass showed.
+
+        Args:
+            scale: by which the loss was multiplied beside its divisor (a gradient scaler's).
+
+        Raises:
+            MeasurementError: it cannot be trusted.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove every hook; may be called more than once."""
+
+
+class GhostStep(InBandStep):
+    """Measures the contributions of single examples, by the rules of the layers.
+
+    Args:
+        parameters: all that the optimizer holds and that require a gradient.
+        plan: what was proven.
+        covered: the parameters to measure in-band, by index.
+        rest: measures the others by running the step again; None: they are left out.
+        compares_processes: whether this process's own gradient is asked for.
+        seed: of random directions, the same on every process.
+        noise_seed: of the rest's noise, another on every process.
+
+    Attributes:
+        covered: see above.
+        sums: of the micro-batches so far.
+        local_sq_norm: ``|sum c_i|^2`` of this process alone, over the parameters measured; None where not known.
+        projections: of this process's gradient, for a comparison with what the optimizer applies.
+        rest_error: why the rest cannot be measured.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        plan: GhostPlan,
+        covered: Sequence[int],
+        rest: PerExampleEngine | None,
+        *,
+        compares_processes: bool,
+        seed: int,
+        noise_seed: int,
+    ) -> None:
+        self.covered = list(covered)
+        self.sums = StepSums()
+        self.local_sq_norm: float | None = None
+        self.projections = torch.zeros(4, dtype=torch.float64)
+        self.rest_error: MeasurementError | None = None
+        self._parameters = list(parameters)
+        self._reached: set[int] = set()
+        self._rest_parameters = [p for i, p in enumerate(parameters) if i not in set(covered)]
+        self._rest = rest if self._rest_parameters else None
+        self._plan = plan
+        self._noise_seed = noise_seed
+        self._recorder = GhostRecorder(
+            self._parameters,
+            plan.layouts,
+            shared=plan.shared,
+            measured=frozenset(covered),
+            keeps_local=compares_processes,
+            assumed=plan.assumed,
+            seed=seed,
+        )
+        self._is_attached = False
+        self._weight = 0.0
+
+    @property
+    @override
+    def seconds(self) -> float:  # type: ignore[override]
+        return self._recorder.seconds
+
+    @property
+    def measures_rest(self) -> bool:
+        """Whether parameters that are not covered are measured by running the step again."""
+        return self._rest is not None
+
+    @override
+    def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
+        self._weight = 1 / divisor if self._plan.reduction == "sum" else 1 / (divisor * examples)
+        if self._rest is not None and loss is not None and self.rest_error is None:
+            self._measure_rest(self._rest, loss, batch, examples)
+        if not self._is_attached:
+            self._recorder.attach(module)
+            self._is_attached = True
+        self._recorder.begin(examples)
+
+    def _measure_rest(self, engine: PerExampleEngine, loss: StepLoss, batch: Any, examples: int) -> None:
+        """Measure unit gradients, and weigh them as this micro-batch's examples are weighed."""
+        try:
+            of_rest = loss.of(self._rest_parameters)
+            measured = engine.measure(of_rest, batch, at_most=examples, seed=self._noise_seed)
+        except MeasurementError as error:
+            self.rest_error = error
+            return
+        sq_norms = float(measured.sq_norms.sum())
+        self.sums = replace(self.sums, rest_sq_norms=self.sums.rest_sq_norms + self._weight**2 * sq_norms)
+
+    @override
+    def backward(self, scale: float) -> None:
+        recorded = self._recorder.finish()
+        missed = {index: reason for index, reason in recorded.misses.items() if index in set(self.covered)}
+        if missed:
+            raise UncoveredError(missed)
+        examples, sums = recorded.examples, self.sums
+        self.sums = replace(
+            sums,
+            sum_sq_norms=sums.sum_sq_norms + float(recorded.total(self.covered).sum()) / scale**2,
+            sum_weights=sums.sum_weights + self._weight * examples,
+            sum_sq_weights=sums.sum_sq_weights + self._weight**2 * examples,
+        )
+        self.projections += recorded.projections / scale
+        self.local_sq_norm = None if recorded.local_sq_norm is None else recorded.local_sq_norm / scale**2
+        self._reached |= recorded.sq_norms.keys()
+
+    def unreached(self, has_gradient: Sequence[bool]) -> MeasurementError | None:
+        """Return an error for parameters that have a gradient although no layer was seen to use them."""
+        missed = {i: "no layer with a rule used it" for i in self.covered if has_gradient[i] and i not in self._reached}
+        return UncoveredError(missed) if missed else None
+
+    def applied_projections(self) -> Tensor:
+        """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
+        return self._recorder.projected([self._parameters[i].grad for i in self.covered], self.covered)
+
+    @override
+    def close(self) -> None:
+        self._recorder.detach()
+
+
+class UncoveredError(MeasurementError):
+    """In a training step, parameters were used in a way that was not proven.
+
+    Attributes:
+        misses: why, by the parameter's index.
+    """
+
+    def __init__(self, misses: dict[int, str]) -> None:
+        super().__init__(
+            "Parameters were used in another way than when that was last checked: " + next(iter(misses.values()))
+        )
+        self.misses = misses
+
+
+class GroupStep(InBandStep):
+    """Measures the gradients of whole micro-batches, for what cannot be split into examples.
+
+    Args:
+        parameters: all that the optimizer holds and that require a gradient.
+
+    Attributes:
+        groups: the squared norm of the gradient and the number of examples of each micro-batch so far.
+        divisor: that stands before a micro-batch's loss.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.seconds = 0.0
+        self.groups: list[tuple[float, float]] = []
+        self.divisor = 1
+        self._parameters = list(parameters)
+        self._handles: list[Any] = []
+        self._sq_norms: list[Tensor] = []
+        self._examples = 0
+
+    @override
+    def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
+        self.close()
+        self._sq_norms, self._examples, self.divisor = [], examples, divisor
+        self._handles = [p.register_hook(self._on_gradient) for p in self._parameters]
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        start = time.perf_counter()
+        dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+        self._sq_norms.append(sum_of_squares([dense.detach()]))
+        self.seconds += time.perf_counter() - start
+
+    @override
+    def backward(self, scale: float) -> None:
+        self.close()
+        if not self._sq_norms:
+            raise MeasurementError("The backward pass reached no parameter.")
+        sq_norm = float(torch.stack(self._sq_norms).sum()) * (self.divisor / scale) ** 2
+        self.groups.append((sq_norm, float(self._examples)))
+
+    @override
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class GhostEngine:
+    """What is proven about a module's parameters, over a whole training.
+
+    The proof is made at the first measurement, after 1, 2, 4, 8, ... and every 64, and again after a failure. Every
+    decision is taken from what all processes agree on.
+
+    Attributes:
+        covered: the parameters that are measured in-band, by index.
+        misses: why the others are not.
+    """
+
+    def __init__(self) -> None:
+        self.covered: list[int] = []
+        self.misses: dict[int, str] = {}
+        self._plan = GhostPlan()
+        self._rest: PerExampleEngine | None = PerExampleEngine()
+        self._measured = 0
+        self._is_trusted = False
+        self._known: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Forget which objects the parameters were: a copy has others."""
+        return {**self.__dict__, "_known": []}
+
+    def is_check_due(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`."""
+        is_known = self._known == [id(parameter) for parameter in parameters]
+        return not self._is_trusted or not is_known or is_check_due(self._measured)
+
+    def check(self, loss: StepLoss, batch: Any, total: int, *, seed: int) -> list[float]:
+        """Prove on a few examples what can be measured.
+
+        Returns:
+            One for every parameter that can, zero for the others.
+
+        Raises:
+            MeasurementError: the batch cannot be split into examples.
+        """
+        with measuring(loss.module, seed):
+            self._plan, _ = with_frozen_copied(loss, lambda: prove(loss, batch, total, seed=self._measured))
+        return [0.0 if index in self._plan.misses else 1.0 for index in range(len(loss.parameters))]
+
+    def assume(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[float]:
+        """Take the layers' rules on trust where no process holds the whole parameters to prove them on (FSDP2).
+
+        That a layer's uses add up to its parameter's gradient is still checked in every measurement.
+
+        Raises:
+            MeasurementError: a layer is known to mix examples.
+        """
+        held = set()
+        for name, layer in module.named_modules():
+            if mixes_examples(layer):
+                raise MeasurementError(
+                    f"`{name}` ({type(layer).__name__}) mixes the examples of a batch, and the parameters are sharded.",
+                    lasting=True,
+                )
+            if layer_type(layer) is not None:
+                held |= {id(parameter) for parameter in layer.parameters(recurse=False)}
+        mask = [float(id(parameter) in held) for parameter in parameters]
+        misses = {index: "no layer with a rule holds it" for index, known in enumerate(mask) if not known}
+        self._plan, self._rest = GhostPlan(misses=misses, assumed=True), None
+        return mask
+
+    def adopt(self, mask: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
+        """Take over what is proven on every process."""
+        self.misses = dict(self._plan.misses)
+        for index, is_proven in enumerate(mask):
+            if not is_proven:
+                self.misses.setdefault(index, "another process cannot measure it so")
+        self.covered = [index for index, is_proven in enumerate(mask) if is_proven]
+        self._known = [id(parameter) for parameter in parameters]
+        self._is_trusted = True
+
+    def step(
+        self, parameters: Sequence[nn.Parameter], *, compares_processes: bool, seed: int, noise_seed: int
+    ) -> GhostStep:
+        """Begin the measurement of a step."""
+        return GhostStep(
+            parameters,
+            self._plan,
+            self.covered,
+            self._rest,
+            compares_processes=compares_processes,
+            seed=seed,
+            noise_seed=noise_seed,
+        )
+
+    def leave_out_the_rest(self) -> None:
+        """From now on measure only what is covered."""
+        self._rest = None
+
+    def settle(self, *, is_good: bool) -> None:
+        """Note how a measurement ended, on every process alike."""
+        self._measured += is_good
+        self._is_trusted = is_good
