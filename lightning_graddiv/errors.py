@@ -18,3 +18,7 @@ class FunctionalEngineError(MeasurementError):
 
 class MixingError(MeasurementError):
     """The loss mixes the examples of a batch, so that an example has no gradient of its own."""
+
+
+class CouplingError(MeasurementError):
+    """The loss couples the processes, so that not even a process's share of a batch has a gradient of its own."""

@@ -113,7 +113,8 @@ def test_what_one_process_refuses_is_dropped_by_both(runs):
     assert "is not finite" in second["said"][0]
 
 
-def test_a_step_with_collectives_is_refused_and_trains_on(runs):
-    for result in runs(ddp_runs.collectives):
-        assert result["measurements"] == 0
-        assert "`self.all_gather`" in result["said"][0]
+def test_a_step_with_collectives_is_measured_between_consecutive_steps(runs):
+    first, second = runs(ddp_runs.collectives)
+    assert first["measurements"] == second["measurements"] == 4
+    assert "`self.all_gather`" in first["said"][0]
+    assert len(first["said"]) == 1

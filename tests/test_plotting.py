@@ -190,7 +190,7 @@ class Regression(LightningModule):
 
 class Recorder(GradientDiversityMonitor):
     def on_estimate(self, trainer, pl_module, estimate):
-        self.seen = [*getattr(self, "seen", []), (self._measured_step, estimate)]
+        self.seen = [*getattr(self, "seen", []), (self._opened_step, estimate)]
 
 
 def test_what_a_real_csv_logger_wrote_comes_back(tmp_path, ax):

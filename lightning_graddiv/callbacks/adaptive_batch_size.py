@@ -25,7 +25,7 @@ from lightning_graddiv.batching.loops import (
 )
 from lightning_graddiv.batching.resizer import BatchResizer
 from lightning_graddiv.batching.sampler import drawn_examples
-from lightning_graddiv.callbacks.checks import refuse_other_resizers, require
+from lightning_graddiv.callbacks.checks import refuse_other_resizers, require, require_automatic_optimization
 from lightning_graddiv.callbacks.growth import Growth, Throughput, explain
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
 from lightning_graddiv.distributed import smallest_over_ranks
@@ -151,6 +151,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        require_automatic_optimization(pl_module, type(self).__name__)
         self._scale.attach(trainer.optimizers[0])
 
     @override

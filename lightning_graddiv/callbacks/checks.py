@@ -11,35 +11,57 @@ def require(condition: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"Expected argument `{argument}` to be {expected} but got {got!r}")
 
 
-def require_replicated_parameters(strategy: Any, callback: str) -> None:
-    """Refuse strategies under which a process does not hold whole parameters, or steps by itself.
+def require_known_strategy(strategy: Any, callback: str) -> None:
+    """Refuse strategies that step by themselves, or whose gradients mean something else.
 
     By name, since Lightning lives in two namespaces (``lightning.pytorch``, ``pytorch_lightning``).
 
     Raises:
-        MisconfigurationException: the strategy is neither a single device nor DDP.
+        MisconfigurationException: the strategy is neither a single device, nor DDP, nor FSDP2 without tensor
+            parallelism.
     """
     names = {base.__name__ for base in type(strategy).__mro__}
-    is_supported = bool(names & {"SingleDeviceStrategy", "DDPStrategy"})
+    is_supported = bool(names & {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"})
     if not is_supported or any("DeepSpeed" in name or "XLA" in name for name in names):
         raise MisconfigurationException(
-            f"{callback} supports a single device and DDP, where each process holds whole parameters, but the strategy "
-            f"is `{type(strategy).__name__}`: per-example gradients of sharded parameters would be wrong."
+            f"{callback} supports a single device, DDP, and FSDP2 (`ModelParallelStrategy`), but the strategy is "
+            f"`{type(strategy).__name__}`: its gradients are not those of a batch, or are held in parts."
         )
 
 
-def require_one_automatic_optimizer(trainer: Any, module: Any, callback: str) -> None:
-    """Refuse modules that step their optimizers themselves, or have several.
+def require_data_parallelism(trainer: Any, callback: str) -> None:
+    """Refuse a model whose layers are split over processes.
 
     Raises:
-        MisconfigurationException: manual optimization, or not exactly one optimizer.
+        MisconfigurationException: fewer batches than processes are drawn for a step.
     """
-    name = type(module).__name__
+    shared_out = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    if shared_out.get("num_replicas", trainer.world_size) != trainer.world_size:
+        raise MisconfigurationException(
+            f"{callback} cannot measure layers that are split over processes (tensor_parallel_size > 1)."
+        )
+
+
+def require_automatic_optimization(module: Any, callback: str) -> None:
+    """Refuse modules that step their optimizers themselves.
+
+    Raises:
+        MisconfigurationException: manual optimization.
+    """
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            f"{callback} needs automatic optimization, but `{name}.automatic_optimization` is False: its training_step "
-            "takes optimizer steps itself and cannot be run for measuring."
+            f"{callback} needs automatic optimization, but `{type(module).__name__}.automatic_optimization` is False: "
+            "its training_step takes optimizer steps itself."
         )
+
+
+def require_one_optimizer(trainer: Any, module: Any, callback: str) -> None:
+    """Refuse modules that have several optimizers, or none.
+
+    Raises:
+        MisconfigurationException: not exactly one optimizer.
+    """
+    name = type(module).__name__
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
             f"{callback} needs one optimizer, but `{name}.configure_optimizers` made {len(trainer.optimizers)}."

@@ -17,13 +17,14 @@ from lightning_graddiv.callbacks.outcome import (
     Outcome,
     ghost_outcome,
     group_outcome,
+    groups_applied,
     replay_outcome,
 )
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
 from lightning_graddiv.callbacks.tap import TrainingStepTap
 from lightning_graddiv.distributed import smallest_over_ranks
 from lightning_graddiv.diversity import GradientSums
-from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.errors import CouplingError, MeasurementError
 from lightning_graddiv.per_example.batches import count_examples
 from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.in_band import GhostEngine, GhostStep, GroupStep, InBandStep
@@ -67,6 +68,7 @@ class StepMeasurer:
         self._callback = callback
         self._attempts = 0
         self._has_said_what = False
+        self._couples_ranks = False
         self._reset()
 
     def _reset(self) -> None:
@@ -77,7 +79,7 @@ class StepMeasurer:
         self._earlier: list[AppliedGroups] = []
         self._stopwatch = Stopwatch()
         self._stance: Any = None
-        self._error: MeasurementError | None = None
+        self._error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running step."""
@@ -132,7 +134,7 @@ class StepMeasurer:
         with self._stopwatch.measuring(trainer.strategy.root_device):
             try:
                 self._step.backward(1.0 if scaler is None else float(scaler.get_scale()))
-            except MeasurementError as error:
+            except Exception as error:  # measuring must never end a training run
                 self._error = error
 
     def before_optimizer_step(self, trainer: Any) -> None:
@@ -149,11 +151,11 @@ class StepMeasurer:
             self._end(outcome)
         elif isinstance(step, GroupStep):
             step.close()
-            groups = AppliedGroups.of(step, self._parameters)
-            if self._error is None and world_size * len(groups.groups) == 1 and not self._earlier:
+            groups, self._error = groups_applied(step, self._parameters, self._error, whole=self._couples_ranks)
+            if not self._earlier and (self._couples_ranks or world_size * len(groups.groups) == 1):
                 self._earlier, self._step = [groups], None  # the next step makes the second group
                 return
-            self._end(group_outcome([*self._earlier, groups], self._error, device))
+            self._end(group_outcome([*self._earlier, groups], self._error, device, whole=self._couples_ranks))
 
     def close(self) -> None:
         """End what is going on and remove every hook; may be called more than once."""
@@ -197,6 +199,11 @@ class StepMeasurer:
             return
         if self._step is None and not self._earlier:
             self._parameters = _trained(module, trainer.optimizers[0])
+            if not self._parameters:
+                self._end(Outcome(None, refusal=_no_parameters(module), is_lasting=True), may_fall_back=False)
+                return
+        if not module.automatic_optimization and "replay" in self._engines:
+            self._engines.remove("replay")  # of several backward passes it would run the first only
         if self._step is None and self.engine == "ghost" and not self._is_proven(trainer, module, args):
             return
         if self.engine == "replay":
@@ -208,7 +215,7 @@ class StepMeasurer:
             loss = None if self.engine == "microbatch" or self._is_sharded() else self._loss(trainer, module, args)
             examples = self._count(trainer, args, batch_idx)
             self._step.forward(module, loss, args[0], examples, trainer.accumulate_grad_batches)
-        except MeasurementError as error:
+        except Exception as error:  # measuring must never end a training run
             self._error = error
 
     def _begun(self, trainer: Any) -> InBandStep:
@@ -227,8 +234,9 @@ class StepMeasurer:
             return True
         mask, error = self._proof(trainer, module, args)
         is_lasting = isinstance(error, MeasurementError) and error.lasting
-        numbers = [float(error is None), float(not is_lasting), *mask]
-        is_good, is_passing, *agreed = smallest_over_ranks(numbers, trainer.strategy.root_device)
+        numbers = [float(error is None), float(not is_lasting), float(not isinstance(error, CouplingError)), *mask]
+        is_good, is_passing, is_apart, *agreed = smallest_over_ranks(numbers, trainer.strategy.root_device)
+        self._couples_ranks = not is_apart
         if is_good and any(agreed):
             self._ghost.adopt(agreed, self._parameters)
             self._say_what(module)
@@ -250,8 +258,6 @@ class StepMeasurer:
                 return self._ghost.assume(module, self._parameters), None
             loss = self._loss(trainer, module, args)
             total = count_examples(args[0], drawn_batch_size(single_train_loader(trainer)))
-            if total < 2:
-                return nothing, MeasurementError("A micro-batch of one example cannot prove what measures it.")
             return self._ghost.check(loss, args[0], total, seed=self._attempts), None
         except Exception as error:  # measuring must never end a training run
             return nothing, error
@@ -304,6 +310,13 @@ class StepMeasurer:
             f"{self._callback}: {len(self._ghost.covered)} of {len(self._parameters)} parameters are measured in the "
             f"training step itself{rest}"
         )
+
+
+def _no_parameters(module: nn.Module) -> MeasurementError:
+    return MeasurementError(
+        f"`{type(module).__name__}` has no trainable parameters that the optimizer holds: there is no gradient.",
+        lasting=True,
+    )
 
 
 def _trained(module: nn.Module, optimizer: Any) -> list[nn.Parameter]:

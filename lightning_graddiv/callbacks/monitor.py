@@ -12,9 +12,11 @@ from lightning_graddiv.batching.loops import single_train_loader
 from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
 from lightning_graddiv.callbacks.checks import (
     require,
-    require_one_automatic_optimizer,
+    require_automatic_optimization,
+    require_data_parallelism,
+    require_known_strategy,
+    require_one_optimizer,
     require_own_prefix,
-    require_replicated_parameters,
 )
 from lightning_graddiv.callbacks.measurer import StepMeasurer
 from lightning_graddiv.callbacks.outcome import Outcome
@@ -62,8 +64,8 @@ class GradientDiversityMonitor(Callback):
 
     Raises:
         ValueError: an argument out of range.
-        MisconfigurationException: at the start of ``fit``, for manual optimization, several optimizers, or a strategy
-            that shards parameters.
+        MisconfigurationException: at the start of ``fit``, for several optimizers, tensor parallelism, strategies other
+            than a single device, DDP and FSDP2, or an engine that cannot run a manual optimization again.
 
     Example::
 
@@ -112,6 +114,7 @@ class GradientDiversityMonitor(Callback):
         self._opened_step = 0
         self._opened_learning_rate = 0.0
         self._stepped = False
+        self._is_between_steps = True
         self._is_due = False
         self._size: tuple[int | None, int] | None = None
         self._refusals = Refusals()
@@ -130,14 +133,17 @@ class GradientDiversityMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        require_replicated_parameters(trainer.strategy, type(self).__name__)
+        require_known_strategy(trainer.strategy, type(self).__name__)
         require_own_prefix(trainer, self)
         if trainer.global_step == 0:  # a new training; a checkpoint's state is loaded after this
             self._forget()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        require_one_automatic_optimizer(trainer, pl_module, type(self).__name__)
+        require_one_optimizer(trainer, pl_module, type(self).__name__)
+        require_data_parallelism(trainer, type(self).__name__)
+        if self.engine in {"functional", "loop"}:
+            require_automatic_optimization(pl_module, f"The engine `{self.engine}`")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,7 +183,8 @@ class GradientDiversityMonitor(Callback):
     def _opens_a_step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
         if pl_module.automatic_optimization:
             return batch_idx % trainer.accumulate_grad_batches == 0
-        return self._stepped or self.optimizer_steps == 0
+        begins, self._is_between_steps = self._is_between_steps, False
+        return begins
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,7 +192,7 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._stepped = True
+        self._stepped = self._is_between_steps = True
         self._measurer.before_optimizer_step(trainer)
 
     @override

@@ -53,33 +53,11 @@ def replay_outcome(sums: GradientSums | None, refusal: Exception | None, device:
 
 
 def ghost_outcome(
-    step: GhostStep, parameters: Sequence[nn.Parameter], error: MeasurementError | None, device: torch.device
+    step: GhostStep, parameters: Sequence[nn.Parameter], error: Exception | None, device: torch.device
 ) -> tuple[Outcome, bool]:
     """Return the outcome of a step measured in-band, and whether the rest could be measured too."""
     world = world_size()
-    measured = set(step.covered)
-    norms = applied_sq_norms(parameters)
-    of_covered = sum(norm for index, norm in enumerate(norms) if index in measured)
-    is_whole = not any(is_sharded(parameter) for parameter in parameters)
-    if error is None and not is_whole:
-        error = step.unreached([norm > 0 for norm in norms])
-    applied = step.applied_projections() if is_whole else step.projections * 0
-    sums = step.sums
-    numbers = [
-        float(error is not None),
-        float(error is not None and error.lasting),
-        float(step.rest_error is not None),
-        float(step.local_sq_norm is None),
-        sums.sum_sq_norms,
-        sums.rest_sq_norms,
-        sums.sum_weights,
-        sums.sum_sq_weights,
-        sums.sum_weights**2,
-        step.local_sq_norm or 0.0,
-        of_covered,
-        sum(norms),
-        *step.projections.tolist(),
-    ]
+    numbers, applied, error = _seen(step, parameters, error)
     failed, lasting, rest_failed, no_groups, *summed = summed_over_ranks(numbers, device)
     if failed > 0:
         return Outcome(None, refusal=error, is_lasting=lasting > 0), True
@@ -95,7 +73,7 @@ def ghost_outcome(
         local / world**2 if world > 1 and no_groups == 0 and coverage == 1 and not step.measures_rest else None,
         group_weights / world**2,
     )
-    if is_whole:
+    if applied is not None:
         expected = torch.tensor(local_projections, dtype=torch.float64) / world
         allowed = _SAME_GRADIENT * (contributions.sum_sq_norms + s2) ** 0.5
         if not float((applied - expected).abs().max()) <= allowed:
@@ -105,23 +83,36 @@ def ghost_outcome(
     return _moments_of(contributions, coverage), not rest_failed
 
 
-def group_outcome(steps: Sequence["AppliedGroups"], error: MeasurementError | None, device: torch.device) -> Outcome:
-    """Return the outcome of comparing groups: of one step on all processes, or of consecutive steps."""
-    world = world_size()
-    groups = [group for step in steps for group in step.groups]
-    weight = 1 / (world * len(groups)) if groups else 0.0
-    sums = GroupSums()
-    for sq_norm, examples in groups:
-        sums += GroupSums.of_group(sq_norm, examples, weight)
-    is_lasting = error is not None and error.lasting
-    failed, lasting, *pooled = summed_over_ranks([float(error is not None), float(is_lasting), *astuple(sums)], device)
-    if failed > 0:
-        return Outcome(None, refusal=error, is_lasting=lasting > 0)
-    mean = torch.stack([step.mean_gradient for step in steps]).mean(0) if len(steps) > 1 else steps[0].mean_gradient
+def _seen(
+    step: GhostStep, parameters: Sequence[nn.Parameter], error: Exception | None
+) -> tuple[list[float], Tensor | None, Exception | None]:
+    """Return this process's numbers, the projections of the applied gradient where it is whole, and what went wrong."""
+    norms, applied = [0.0], None
     try:
-        return Outcome(GroupSums(*pooled).moments(float(sum_of_squares([mean]))))
-    except (MeasurementError, ValueError) as refusal:
-        return Outcome(None, refusal=refusal)
+        norms = applied_sq_norms(parameters)
+        if any(is_sharded(parameter) for parameter in parameters):
+            error = error or step.unreached([norm > 0 for norm in norms])
+        else:
+            applied = step.applied_projections()
+    except Exception as unexpected:  # measuring must never end a training run
+        error = error or unexpected
+    sums, measured = step.sums, set(step.covered)
+    numbers = [
+        float(error is not None),
+        float(isinstance(error, MeasurementError) and error.lasting),
+        float(step.rest_error is not None),
+        float(step.local_sq_norm is None),
+        sums.sum_sq_norms,
+        sums.rest_sq_norms,
+        sums.sum_weights,
+        sums.sum_sq_weights,
+        sums.sum_weights**2,
+        step.local_sq_norm or 0.0,
+        sum(norm for index, norm in enumerate(norms) if index in measured),
+        sum(norms),
+        *step.projections.tolist(),
+    ]
+    return numbers, applied, error
 
 
 @dataclass(frozen=True)
@@ -129,20 +120,56 @@ class AppliedGroups:
     """The groups of one optimizer step, on this process.
 
     Attributes:
-        groups: (|G_j|^2, examples) of each micro-batch.
+        groups: (|G_j|^2, examples) of each group.
         mean_gradient: the mean of the G_j of all processes, flattened.
     """
 
     groups: list[tuple[float, float]]
     mean_gradient: Tensor
 
-    @classmethod
-    def of(cls, step: GroupStep, parameters: Sequence[nn.Parameter]) -> "AppliedGroups":
-        """Take them over once the gradient that is about to be applied is complete."""
+
+def groups_applied(
+    step: GroupStep, parameters: Sequence[nn.Parameter], error: Exception | None, *, whole: bool
+) -> tuple[AppliedGroups, Exception | None]:
+    """Return a step's groups once the gradient that is about to be applied is complete, and what went wrong.
+
+    Args:
+        step: what was seen.
+        parameters: all that are measured.
+        error: what went wrong before.
+        whole: whether the step's whole batch is one group, because its processes are coupled.
+    """
+    try:
         scale = step.divisor / max(1, len(step.groups))  # a last window may hold fewer micro-batches than the divisor
         dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = [(g.to_dense() if g.is_sparse else g).detach().flatten() for g in dense]
-        return cls(list(step.groups), torch.cat(flat).float().mul_(scale))
+        mean = torch.cat(flat).float().mul_(scale)
+        groups = list(step.groups)
+        if whole:
+            groups = [(float(sum_of_squares([mean])), world_size() * sum(examples for _, examples in groups))]
+        return AppliedGroups(groups, mean), error
+    except Exception as unexpected:  # measuring must never end a training run
+        return AppliedGroups([], torch.zeros(1)), error or unexpected
+
+
+def group_outcome(
+    steps: Sequence[AppliedGroups], error: Exception | None, device: torch.device, *, whole: bool
+) -> Outcome:
+    """Return the outcome of comparing groups: of one step on all processes, or of two consecutive steps."""
+    groups = [group for step in steps for group in step.groups]
+    processes = 1 if whole else world_size()
+    sums = GroupSums()
+    for sq_norm, examples in groups:
+        sums += GroupSums.of_group(sq_norm, examples, 1 / (processes * len(groups)))
+    is_lasting = isinstance(error, MeasurementError) and error.lasting
+    failed, lasting, *pooled = summed_over_ranks([float(error is not None), float(is_lasting), *astuple(sums)], device)
+    if failed > 0:
+        return Outcome(None, refusal=error, is_lasting=lasting > 0)
+    mean = torch.stack([step.mean_gradient for step in steps]).mean(0)
+    try:
+        return Outcome((sums if whole else GroupSums(*pooled)).moments(float(sum_of_squares([mean]))))
+    except (MeasurementError, ValueError) as refusal:
+        return Outcome(None, refusal=refusal)
 
 
 def applied_sq_norms(parameters: Sequence[nn.Parameter]) -> list[float]:

@@ -8,7 +8,7 @@ made where that is the cheapest way to their norms, and then a few examples at a
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,17 +37,24 @@ class Probe:
 
     @classmethod
     def draw(cls, parameter: Tensor, generator: torch.Generator, directions: int = 4) -> "Probe":
-        """Draw random signs for a parameter; from the same generator state, the same on every process."""
+        """Draw normal numbers for a parameter; from the same generator state, the same on every process.
+
+        Not signs: they would overlook, half of the time, what differs in two rows by opposite numbers.
+        """
         rows = parameter.shape[0] if parameter.ndim > 0 else 1
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        signs = torch.randint(0, 2, (directions, rows + parameter.numel() // max(1, rows)), generator=generator)
-        signs = (2 * signs - 1).to(parameter.device, dtype)
-        return cls(signs[:, :rows], signs[:, rows:])
+        numbers = torch.randn(directions, rows + parameter.numel() // max(1, rows), generator=generator, dtype=dtype)
+        numbers = numbers.to(parameter.device)
+        return cls(numbers[:, :rows], numbers[:, rows:])
 
     def of(self, gradient: Tensor) -> Tensor:
         """Return the projections of a gradient, shape (p,), float64."""
-        flat = gradient.reshape(self.left.shape[1], -1).to(self.left.dtype)
+        flat = gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
         return ((self.left @ flat) * self.right).sum(1, dtype=torch.float64)
+
+
+_CANCELLATION = 1e-2
+"""Where products between positions cancel to less than this share, their rounding shows in the sum."""
 
 
 class Contributions(ABC):
@@ -148,7 +155,7 @@ class Outer(Contributions):
             return (_position_norms(self.inputs) * _position_norms(self.output_gradients)).sum(1), self._project(probe)
         if positions * (fan_in + fan_out) > fan_in * fan_out:
             return super().measure(probe)
-        size = max(1, _CHUNK_BYTES // (8 * groups * positions**2))
+        size = max(1, _CHUNK_BYTES // max(1, 8 * groups * positions**2))
         norms = [self.at(slice(start, start + size))._by_gram() for start in range(0, n, size)]
         return torch.cat(norms), self._project(probe)
 
@@ -162,8 +169,13 @@ class Outer(Contributions):
         """|sum_t b_t a_t'|^2 = sum_{t,s} <a_t, a_s> <b_t, b_s>."""
         a, b = self.inputs, self.output_gradients
         products = (a @ a.transpose(-1, -2)) * (b @ b.transpose(-1, -2))
-        # A sum that is zero may round below it.
-        return products.sum((1, 2, 3), dtype=torch.float64).clamp(min=0)
+        norms: Tensor = products.sum((1, 2, 3), dtype=torch.float64)
+        cancels = norms < _CANCELLATION * products.abs().sum((1, 2, 3), dtype=torch.float64)
+        if bool(cancels.any()):
+            chosen = replace(self, inputs=a[cancels], output_gradients=b[cancels])
+            parts = [sum_of_squares([part.explicit()], per_row=True) for part in chosen.chunks()]
+            norms[cancels] = torch.cat(parts)
+        return norms
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,8 @@ class Lookup(Contributions):
         b = self.output_gradients
         rows = b.new_zeros(len(keys), b.shape[-1]).index_add_(0, inverse.flatten(), b.flatten(0, 1))
         norms = b.new_zeros(len(self), dtype=torch.float64)
-        norms.index_add_(0, keys // self.shape[0], sum_of_squares([rows], per_row=True))
+        if len(keys) > 0:
+            norms.index_add_(0, keys // self.shape[0], sum_of_squares([rows], per_row=True))
         return norms, projections
 
 

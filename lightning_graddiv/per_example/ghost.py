@@ -26,6 +26,11 @@ Layouts = Mapping[tuple[int, int], Layout]
 """How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""
 
 
+_ROUNDING = {16: (5e-2, 1e-5), 32: (2e-4, 1e-6), 64: (1e-8, 1e-12)}
+"""By the bits of the numbers: how far a gradient may be from what its examples add up to, as a share of their norm, and
+of the norm of all parameters."""
+
+
 @dataclass
 class Use:
     """One call of a layer: what went in, and the gradient of what came out.
@@ -139,7 +144,7 @@ class GhostRecorder:
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
         self._local: dict[int, Tensor] = {}
         self._misses: dict[int, str] = {}
-        self._coarse = False
+        self._digits = 64
         self._error: Exception | None = None
 
     def __enter__(self) -> "GhostRecorder":
@@ -248,6 +253,8 @@ class GhostRecorder:
         inputs = args[0] if args else next(iter(kwargs.values()), None)
         if not (isinstance(output, Tensor) and output.requires_grad and isinstance(inputs, Tensor)):
             return
+        if output.numel() == 0:  # an expert that no row was sent to
+            return
         ordinals = {}
         for name, index in held.items():
             ordinals[name] = self._calls[index]
@@ -263,7 +270,7 @@ class GhostRecorder:
             for index in use.parameters.values():
                 self._misses[index] = "it takes part in more than one backward pass"
             return
-        use.output_gradient = gradient
+        use.output_gradient = gradient.detach()
         if self._layouts is None or self._shared.intersection(use.parameters.values()):
             return
         self._measure([use])
@@ -292,12 +299,18 @@ class GhostRecorder:
                         by_layout[layout] = use.contributions(layout, self._examples)
                 if name in by_layout[layout]:
                     contributions[index].append(by_layout[layout][name])
-            self._coarse |= use.output_gradient is not None and torch.finfo(use.output_gradient.dtype).bits < 32
+            self._note_precision(use)
         for index, found in contributions.items():
             if index in self._found:
                 self._misses[index] = "it was used more often than before"
                 continue
             self._found[index] = added(found).measure(self._probe(index))
+
+    def _note_precision(self, use: Use) -> None:
+        if use.output_gradient is not None:
+            bits = torch.finfo(use.output_gradient.dtype).bits
+            rounds = bits == 32 and use.output_gradient.is_cuda and allows_tf32()
+            self._digits = min(self._digits, 16 if rounds else bits)
 
     def _layout(self, index: int, ordinal: int, leading: tuple[int, ...]) -> Layout | None:
         if self._layouts is None:
@@ -311,6 +324,9 @@ class GhostRecorder:
     def _on_parameter(self, index: int, gradient: Tensor) -> None:
         if index in self._gradients:
             self._misses[index] = "it takes part in more than one backward pass"
+            return
+        if gradient.is_complex():
+            self._misses[index] = "it is complex"
             return
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         self._gradients[index] = self._probe(index).of(dense), sum_of_squares([dense])
@@ -354,13 +370,20 @@ class GhostRecorder:
             worst = (projected.cpu() - wanted.cpu()).abs().max()
             rows.append(torch.stack([worst, (norms.sum() + sq_norm.to(norms.device)).cpu()]))
         errors, scales = torch.stack(rows).T
+        if not bool(torch.isfinite(scales).all()):
+            raise MeasurementError("The step's gradients are not finite.")
         # Rounding errors of a gradient that cancels within each example are those of what cancels.
-        slack = 1e-6 * scales.sum().sqrt()
-        relative = 5e-2 if self._coarse else 1e-3
+        relative, of_all = _ROUNDING[self._digits]
+        slack = of_all * scales.sum().sqrt()
         for index, error, scale in zip(indices, errors.tolist(), scales.tolist(), strict=True):
             if not error <= relative * scale**0.5 + float(slack):
                 reason = "it is used outside of its layer" if index in self._found else "no layer with a rule uses it"
                 recorded.misses.setdefault(index, reason)
+
+
+def allows_tf32() -> bool:
+    """Tell whether products of float32 numbers may be rounded to ten bits on tensor cores."""
+    return torch.get_float32_matmul_precision() != "highest" or bool(torch.backends.cudnn.allow_tf32)
 
 
 def is_sharded(tensor: Tensor | None) -> bool:

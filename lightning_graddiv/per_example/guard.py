@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.errors import CouplingError, MeasurementError
 
 
 class FrozenParameterWritten(MeasurementError):  # noqa: N818 - like StopIteration, it tells what happened
@@ -71,7 +71,7 @@ class _Guard(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func.namespace in {"c10d", "_c10d_functional"}:
-            raise MeasurementError(
+            raise CouplingError(
                 f"The training step calls a collective ({func}), so its loss couples the ranks: it cannot be split "
                 "into examples.",
                 lasting=True,

@@ -49,6 +49,16 @@ class InBandStep(ABC):
     """
 
     seconds: float
+    _is_expecting = False
+
+    def _expect_one_backward(self) -> None:
+        if not self._is_expecting:
+            raise MeasurementError(
+                "training_step runs several backward passes, whose gradients cannot be told apart. Add the losses up "
+                "and run one.",
+                lasting=True,
+            )
+        self._is_expecting = False
 
     @abstractmethod
     def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
@@ -136,6 +146,7 @@ class GhostStep(InBandStep):
 
     @override
     def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
+        self._is_expecting = True
         self._weight = 1 / divisor if self._plan.reduction == "sum" else 1 / (divisor * examples)
         if self._rest is not None and loss is not None and self.rest_error is None:
             self._measure_rest(self._rest, loss, batch, examples)
@@ -157,6 +168,7 @@ class GhostStep(InBandStep):
 
     @override
     def backward(self, scale: float) -> None:
+        self._expect_one_backward()
         recorded = self._recorder.finish()
         missed = {index: reason for index, reason in recorded.misses.items() if index in set(self.covered)}
         if missed:
@@ -222,6 +234,7 @@ class GroupStep(InBandStep):
 
     @override
     def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
+        self._is_expecting = True
         self.close()
         self._sq_norms, self._examples, self.divisor = [], examples, divisor
         self._handles = [p.register_hook(self._on_gradient) for p in self._parameters]
@@ -234,6 +247,7 @@ class GroupStep(InBandStep):
 
     @override
     def backward(self, scale: float) -> None:
+        self._expect_one_backward()
         self.close()
         if not self._sq_norms:
             raise MeasurementError("The backward pass reached no parameter.")

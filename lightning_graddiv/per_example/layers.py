@@ -184,6 +184,8 @@ for _dimensions, _type in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
 def _embedding(
     layer: nn.Embedding, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
 ) -> dict[str, Contributions]:
+    if not _wants(layer.weight):
+        return {}
     index = arrange(inputs, inputs.ndim).long()
     b = arrange(output_gradients, inputs.ndim)
     if layer.padding_idx is not None:
@@ -244,7 +246,7 @@ def _batch_statistics(
     if layer.training or layer.running_mean is None:
         mean = variance = None
     else:
-        mean, variance = layer.running_mean, layer.running_var
+        mean, variance = (statistic.to(inputs.dtype) for statistic in (layer.running_mean, layer.running_var))
     normalized = normalize(inputs, mean, variance, None, None, mean is None, 0.0, layer.eps)
     return _affine(layer, normalized, output_gradients, arrange, 1)
 

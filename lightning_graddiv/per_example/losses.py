@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.batches import own_copy
 from lightning_graddiv.per_example.guard import parameters_guarded
+from lightning_graddiv.per_example.manual import loss_of_manual_step
 from lightning_graddiv.per_example.noise import restart_noise
 from lightning_graddiv.per_example.shadow import is_lightning_module, shadow_copy
 
@@ -40,7 +41,7 @@ class StepLoss:
         parameters: the parameters to differentiate for. None: all that require a gradient.
 
     Raises:
-        MeasurementError: nothing to differentiate for, sharded or lazy parameters, manual optimization.
+        MeasurementError: nothing to differentiate for, sharded or lazy parameters.
         TypeError: a module that is not a LightningModule, without ``loss_fn``.
     """
 
@@ -54,13 +55,14 @@ class StepLoss:
     ) -> None:
         self.module = module
         self.parameters = _trainable(module, parameters)
+        self.is_partial = False  # the loss depends on more parameters than these
         self.copies_frozen = False  # set where the step writes to parameters without gradient
         self._loss_of = loss_fn if loss_fn is not None else _training_step_loss(module, step_args)
 
     def of(self, parameters: Sequence[nn.Parameter]) -> "StepLoss":
         """Return the same loss as a function of some of the parameters only."""
         restricted = copy.copy(self)
-        restricted.parameters = list(parameters)
+        restricted.parameters, restricted.is_partial = list(parameters), True
         return restricted
 
     def __call__(self, batch: Any, watch: Watch | None = None) -> Tensor:
@@ -195,13 +197,9 @@ def _training_step_loss(module: nn.Module, step_args: tuple[Any, ...] | None) ->
             "Expected argument `loss_fn` to be a function of (module, batch), because "
             f"`{type(module).__name__}` is not a LightningModule, but got None"
         )
-    if not module.automatic_optimization:
-        raise MeasurementError(
-            f"`{type(module).__name__}` uses manual optimization: its training_step takes optimizer steps, so it "
-            "has no loss that could be measured. Pass `loss_fn`, or use automatic optimization.",
-            lasting=True,
-        )
     arguments = _default_step_args(module) if step_args is None else step_args
+    if not module.automatic_optimization:
+        return lambda shadow, batch: loss_of_manual_step(shadow, (batch, *arguments))
     return lambda shadow, batch: shadow.training_step(batch, *arguments)  # type: ignore[operator]
 
 

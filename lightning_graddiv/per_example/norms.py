@@ -14,7 +14,7 @@ _SMALLEST_SAFE_SQUARE = 1e-24
 
 def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Tensor:
     """Add up squared entries over all parameters in float64; with ``per_row`` one sum for each leading index."""
-    rows = [real_view(gradient).reshape(len(gradient) if per_row else 1, -1) for gradient in gradients]
+    rows = [_rows(real_view(gradient), len(gradient) if per_row else 1) for gradient in gradients]
     total = torch.stack([_sq_norms(entries.to(sum_dtype(entries))) for entries in rows]).sum(0)
     return total if per_row else total[0]
 
@@ -36,6 +36,10 @@ def _sq_norms(rows: Tensor) -> Tensor:
             return sq_norms
     exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
     return exact
+
+
+def _rows(values: Tensor, rows: int) -> Tensor:
+    return values.reshape(rows, values.numel() // max(1, rows))  # -1 would not do for parameters without entries
 
 
 def real_view(gradient: Tensor) -> Tensor:

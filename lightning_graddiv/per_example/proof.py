@@ -2,29 +2,36 @@
 
 On a few examples, noise off, every parameter's contributions are formed and compared with the plain loop's gradient of
 each example alone. That catches a rule that does not hold, a parameter that is used outside of its layer, and rows that
-are not the examples in their order.
+are not the examples in their order. What a few examples do not show is looked for by taking the whole batch apart.
 """
 
+import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.errors import MeasurementError, MixingError
+from lightning_graddiv.per_example.batches import select
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.functional import differentiate
-from lightning_graddiv.per_example.ghost import GhostRecorder, Use
+from lightning_graddiv.per_example.ghost import GhostRecorder, Recorded, Use
 from lightning_graddiv.per_example.guard import writes_refused
 from lightning_graddiv.per_example.layers import Layout
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
-from lightning_graddiv.per_example.separability import Sample, compare_with_parts, full_precision, tolerance
+from lightning_graddiv.per_example.separability import MIXED, Sample, compare_with_parts, full_precision, tolerance
 
 Reduction = Literal["mean", "sum", "weighted"]
 
 _MOST_COMBINATIONS = 16
+
+_TINY = 1e-3
+"""Examples whose gradients are so much smaller than the others' may be off by rounding errors of those."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,15 @@ class GhostPlan:
     assumed: bool = False
 
 
-def prove(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) -> tuple[GhostPlan, Sample]:
+def prove(loss: StepLoss, batch: Any, total: int, *, seed: int = 0, parts: int = 2) -> tuple[GhostPlan, Sample]:
     """Find out which parameters' contributions the layers' rules give, and check them.
 
     Args:
         loss: the step's loss.
         batch: a batch of ``total`` examples.
-        total: the number of examples, at least 2.
+        total: the number of examples.
         seed: which examples are tried.
+        parts: into how many the batch is taken apart, to see whether an example minds its company.
 
     Returns:
         What was proven, and the examples that it was proven on.
@@ -65,40 +73,106 @@ def prove(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) -> tuple[Gho
     sample = compare_with_parts(loss, batch, total, seed=seed)
     if sample.is_noisy:  # what is done with some probability must be done, and left out, at least once
         compare_with_parts(loss, batch, total, seed=seed, high=True)
+    plan = _compare_with_loop(loss, sample)
+    if total > sample.total and len(plan.misses) < len(loss.parameters):
+        plan = _compare_in_other_company(loss, batch, total, plan, seed=seed, parts=parts)
+    return plan, sample
+
+
+def ghost_pass(loss: StepLoss, batch: Any, total: int, plan: GhostPlan) -> tuple[Recorded, list[Tensor]]:
+    """Run the step once on a shadow, watched; return what was recorded, and the gradients of all parameters."""
+    measured = frozenset(range(len(loss.parameters))) - plan.misses.keys()
+    with GhostRecorder(loss.parameters, plan.layouts, shared=plan.shared, measured=measured) as recorder:
+
+        def watch(module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:
+            recorder.attach(module, stand_ins)
+            recorder.begin(total)
+
+        gradients = differentiate(loss, batch, watch)
+        return recorder.finish(), gradients
+
+
+def _compare_with_loop(loss: StepLoss, sample: Sample) -> GhostPlan:
+    """Form the contributions of a few examples, and keep the parameters for which they are the loop's gradients."""
     layouts: dict[tuple[int, int], Layout] = {}
     shared: set[int] = set()
     misses: dict[int, str] = {}
     with GhostRecorder(loss.parameters) as recorder:
         recorder.begin(sample.total)
-        with noise_off(), writes_refused(loss.module), full_precision():
-            differentiate(loss, sample.batch, watch=recorder.attach)
+        with noise_off(), writes_refused(loss.module), full_precision(), torch.no_grad():
+            with torch.enable_grad():
+                differentiate(loss, sample.batch, watch=recorder.attach)
             weights = sample.weights.to(sample.alone.dtype)[:, None]
-            scale = float((sample.alone.double() * sample.weights[:, None]).norm())
+            relative, of_all = _rounding(loss.module)
+            whole = (weights * sample.alone).norm(dim=1)
             for index, gradients in enumerate(sample.parts):
-                gradients = weights * gradients
-                uses = recorder.used(index)
-                slack = tolerance(loss.module) * float(gradients.norm()) + 1e-6 * scale
-                chosen = _fitting_layouts(uses, index, gradients, slack)
+                wanted, uses = weights * gradients, recorder.used(index)
+                slack = relative * wanted.norm(dim=1) + of_all * whole + _TINY * of_all * whole.max()
+                chosen = _fitting_layouts(uses, index, wanted, slack)
                 if chosen is None:
                     misses[index] = _why(uses)
                     continue
                 layouts |= {(index, _ordinal(use, index)): layout for use, layout in zip(uses, chosen, strict=True)}
                 if len(uses) > 1:
                     shared.add(index)
-    return GhostPlan(layouts, frozenset(shared), misses, _reduction(sample)), sample
+    return GhostPlan(layouts, frozenset(shared), misses, _reduction(sample))
 
 
-def _fitting_layouts(uses: Sequence[Use], index: int, wanted: Tensor, slack: float) -> list[Layout] | None:
+def _compare_in_other_company(
+    loss: StepLoss, batch: Any, total: int, plan: GhostPlan, *, seed: int, parts: int
+) -> GhostPlan:
+    """Take the batch apart at random, and see whether each example contributes what it does among all of them.
+
+    It finds what a few examples cannot show: rows that are not in the examples' order, and examples that are mixed with
+    certain others only. A factor common to all examples of a part is the loss's affair.
+    """
+    order = list(range(total))
+    random.Random(seed).shuffle(order)
+    parts = min(parts, total // 2)
+    _, of_all = _rounding(loss.module)
+    misses, is_weighted = dict(plan.misses), plan.reduction == "weighted"
+    with noise_off(), writes_refused(loss.module), full_precision():
+        together, _ = ghost_pass(loss, batch, total, plan)
+        misses |= together.misses
+        for examples in (order[i::parts] for i in range(parts)):
+            apart, _ = ghost_pass(loss, select(batch, examples, total), len(examples), plan)
+            misses |= apart.misses
+            covered = [index for index in range(len(loss.parameters)) if index not in misses]
+            among_all = together.total(covered)[examples]
+            factor = float(apart.total(covered).sum() / among_all.sum()) if bool(among_all.any()) else 1.0
+            is_weighted |= not _is_expected(factor, plan.reduction, total / len(examples), tolerance(loss.module))
+            floor = of_all * among_all.max()
+            for index in covered:
+                if index in together.sq_norms and index in apart.sq_norms:
+                    wanted, found = factor * together.sq_norms[index][examples], apart.sq_norms[index]
+                    if bool(((found - wanted).abs() > 4 * tolerance(loss.module) * wanted + factor * floor).any()):
+                        misses[index] = "what an example contributes depends on the others in its batch"
+    if len(plan.misses) < len(misses) == len(loss.parameters):
+        raise MixingError(MIXED, lasting=True)
+    return replace(plan, misses=misses, reduction="weighted" if is_weighted else plan.reduction)
+
+
+def _is_expected(factor: float, reduction: Reduction, share: float, allowed: float) -> bool:
+    expected = 1.0 if reduction == "sum" else share
+    return abs(math.sqrt(factor) - expected) <= 4 * allowed * share
+
+
+def _rounding(module: nn.Module) -> tuple[float, float]:
+    """Return how far two ways to the same gradient may differ: as a share of it, and of that of all parameters."""
+    return tolerance(module), 1e-6 if tolerance(module) > 1e-6 else 1e-12
+
+
+def _fitting_layouts(uses: Sequence[Use], index: int, wanted: Tensor, slack: Tensor) -> list[Layout] | None:
     """Return the layouts under which the uses add up to what is wanted; None if there are none."""
     examples = len(wanted)
     if not uses:
-        return [] if float(wanted.norm()) <= slack else None
+        return [] if bool((wanted.norm(dim=1) <= slack).all()) else None
     shapes = sorted({use.leading for use in uses})
     candidates = [[layout for layout in Layout if layout.fits(shape, examples)] for shape in shapes]
     for combination in islice(product(*candidates), _MOST_COMBINATIONS):
         layouts = [combination[shapes.index(use.leading)] for use in uses]
         found = _explicit(uses, index, layouts, examples)
-        if found is not None and float((found.flatten(1) - wanted).norm()) <= slack:
+        if found is not None and bool(((found.flatten(1) - wanted).norm(dim=1) <= slack).all()):
             return layouts
     return None
 

@@ -193,7 +193,12 @@ def _measure(module: nn.Module, batch: Any, loss_fn: LossFunction | None, engine
     total = count_examples(batch)
     if engine in _REPLAYING or total == 1:  # one example is its own reference
         return PerExampleEngine(engine if engine in _REPLAYING else "loop").measure(loss, batch)
-    return with_frozen_copied(loss, lambda: _measure_by_parts(loss, batch, total, engine))
+    try:
+        return with_frozen_copied(loss, lambda: _measure_by_parts(loss, batch, total, engine))
+    except MeasurementError:
+        if engine == "ghost":
+            raise
+    return PerExampleEngine().measure(loss, batch)  # which is right, or says why nothing is
 
 
 def _measure_by_parts(loss: StepLoss, batch: Any, total: int, engine: str) -> PerExampleGradients:

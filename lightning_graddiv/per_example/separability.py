@@ -86,7 +86,10 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
     with splitting(loss), noise_off(high=high) as noise, writes_refused(loss.module), full_precision():
         joint = _vector(loss, together)
         alone = torch.stack([_vector(loss, select(batch, [example], total)) for example in examples])
-    weights, is_weighted = _weights(joint, alone, tolerance(loss.module))
+    if loss.is_partial and not bool(alone.any()) and not bool(joint.any()):
+        weights, is_weighted = torch.full((len(examples),), 1 / len(examples), dtype=torch.float64), False
+    else:
+        weights, is_weighted = _weights(joint, alone, tolerance(loss.module))
     sizes = [p.numel() * (2 if p.is_complex() else 1) for p in loss.parameters]
     return Sample(examples, together, alone, weights, is_weighted, sizes, noise.drawn)
 
@@ -146,13 +149,12 @@ def check_sum(loss: StepLoss, batch: Any, measured: PerExampleGradients) -> None
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 products in float32, or the tensor cores' rounding would look like mixing."""
-    precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
         torch.set_float32_matmul_precision(precision)
 
 
@@ -181,7 +183,7 @@ def _weights(joint: Tensor, alone: Tensor, tolerance: float) -> tuple[Tensor, bo
     error = torch.linalg.vector_norm(joint - weights.to(joint.dtype) @ alone)
     scale = float((weights.square() @ sq_norms).sqrt())
     if not (bool((weights > 0).all()) and float(error) <= tolerance * scale):
-        raise MixingError(_MIXED, lasting=True)
+        raise MixingError(MIXED, lasting=True)
     return weights, True
 
 
@@ -198,7 +200,7 @@ def _common_factor(joint: Tensor, total: Tensor, sq_norms: Tensor, tolerance: fl
     return next(fitting, None)
 
 
-_MIXED = (
+MIXED = (
     "The loss mixes the examples of a batch: their gradients taken alone do not add up to the batch's (dropout off). "
     "Batch normalisation in training, mixup, contrastive losses, and regularisers added to a summed loss do this, and "
     "random numbers drawn one by one from Python or NumPy look like it (draw them with torch). "
@@ -225,7 +227,7 @@ def _weighted(weights: Tensor) -> str:
 def tolerance(module: nn.Module) -> float:
     """Rounding allows this share; mixing and weighting change the gradient by far more."""
     bits = [torch.finfo(p.dtype).bits for p in module.parameters() if p.is_floating_point() or p.is_complex()]
-    return 1e-3 if min(bits) >= 32 else 5e-2
+    return {64: 1e-7, 32: 1e-3}.get(min(bits), 5e-2)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

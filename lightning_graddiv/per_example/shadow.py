@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.errors import CouplingError, MeasurementError
 from lightning_graddiv.per_example.copier import Copier, package_of
 
 _LIBRARIES = {"builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics"}
@@ -95,7 +95,8 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 def _refusal(name: str) -> Any:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise MeasurementError(
+        kind = CouplingError if name == "all_gather" else MeasurementError
+        raise kind(
             f"training_step calls `self.{name}`, so it cannot be run on one example alone: "
             "the loss couples examples or ranks, or steps the optimizer itself.",
             lasting=True,

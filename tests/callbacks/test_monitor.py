@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_graddiv import GradientDiversityMonitor, GradientMoments, estimate_diversity
-from lightning_graddiv.callbacks.checks import require_one_automatic_optimizer
+from lightning_graddiv.callbacks.checks import require_one_optimizer
 from lightning_graddiv.callbacks.tap import TrainingStepTap
+from lightning_graddiv.per_example.in_band import GhostEngine
 from tests.audit import AuditModule, loader, quiet_trainer, warned
 
 
@@ -128,13 +129,13 @@ class TestTrainingIsUntouched:
         idle, _ = train(GradientDiversityMonitor(every_n_steps=10**9), workers=workers)
         assert_same_training(plain, idle)
 
-    @pytest.mark.parametrize("engine", ["functional", "loop"])
+    @pytest.mark.parametrize("engine", ["auto", "functional", "loop", "microbatch"])
     @pytest.mark.parametrize("workers", [0, 2])
     def test_a_measuring_monitor_leaves_the_weights_bit_identical(self, engine, workers):
         plain, plain_trainer = train(workers=workers)
         monitor = GradientDiversityMonitor(every_n_steps=1, engine=engine)
         measured, trainer = train(monitor, workers=workers)
-        assert monitor.measurements == 12
+        assert monitor.measurements == (6 if engine == "microbatch" else 12)  # of two consecutive steps each
         assert_same_training(plain, measured)
         assert float(plain_trainer.callback_metrics["accuracy"]) == float(trainer.callback_metrics["accuracy"])
 
@@ -152,7 +153,7 @@ class TestTrainingIsUntouched:
         monitor = GradientDiversityMonitor(every_n_steps=1)
         with warned("eight at least"):
             measured, _ = train(monitor, module=seeded(Fragile))
-        assert monitor.measurements == 0
+        assert monitor._measurer.engine == "microbatch"
         assert_same_training(plain, measured)
 
     def test_the_parameters_stay_those_of_the_optimizer(self):
@@ -382,11 +383,10 @@ class TestRefusals:
 
         plain, _ = train(module=seeded(Normalised))
         monitor = GradientDiversityMonitor(every_n_steps=1)
-        with warned("cannot be split into examples") as caught:
+        with warned("cannot be split into examples.*Falling back to the engine `microbatch`") as caught:
             measured, _ = train(monitor, module=seeded(Normalised))
-        assert len(caught) == 2
-        assert "Measuring is now off" in caught[1]
-        assert monitor.latest is None
+        assert len(caught) == 1
+        assert monitor.latest is not None
         assert_same_training(plain, measured)
 
     def test_a_loss_that_is_not_finite_once(self):
@@ -447,7 +447,7 @@ class TestRefusals:
 
     def test_an_error_inside_measuring_does_not_end_training(self, monkeypatch):
         monitor = GradientDiversityMonitor(every_n_steps=1)
-        monkeypatch.setattr(type(monitor._engine), "measure", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(GhostEngine, "check", lambda *_, **__: 1 / 0)
         with warned("ZeroDivisionError"):
             train(monitor)
 
@@ -535,9 +535,9 @@ def test_what_is_due_on_a_leftover_is_measured_at_the_next_batch():
 def test_several_optimizers_are_refused_by_name():
     from types import SimpleNamespace
 
-    module = SimpleNamespace(automatic_optimization=True)
+    module = SimpleNamespace()
     with pytest.raises(MisconfigurationException, match=r"Monitor needs one optimizer.*made 2"):
-        require_one_automatic_optimizer(SimpleNamespace(optimizers=[1, 2]), module, "Monitor")
+        require_one_optimizer(SimpleNamespace(optimizers=[1, 2]), module, "Monitor")
 
 
 def test_a_tap_that_is_never_reached_is_taken_off():

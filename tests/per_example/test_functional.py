@@ -242,11 +242,13 @@ class Reentrant(MLP):
         return self.net[3](checkpoint(self.net[:3], x.requires_grad_(), use_reentrant=True))
 
 
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
-def test_reentrant_checkpointing_is_refused_with_a_cure(engine):
-    module, batch = Case(Reentrant).build()
-    with pytest.raises(MeasurementError, match="use_reentrant=False"):
-        per_example_squared_norms(module, batch, engine=engine)
+@pytest.mark.parametrize("engine", ["auto", "ghost", "loop"])
+@pytest.mark.parametrize("kind", [Checkpointed, Reentrant])
+def test_both_kinds_of_checkpoints_are_measured(kind, engine):
+    module, batch = Case(kind).build()
+    norms = per_example_squared_norms(module, batch, engine=engine)
+    assert relative_error(norms, reference_norms(Case(MLP).build()[0], batch)) < 1e-12
+    assert all(parameter.grad is None for parameter in module.parameters())
 
 
 class FailsOnOne(MLP):

@@ -135,14 +135,44 @@ def test_a_plain_module_without_a_loss_function_is_a_type_error():
         per_example_squared_norms(nn.Linear(5, 3), vectors(N, torch.float32))
 
 
-def test_manual_optimization_is_refused_and_can_be_measured_with_a_loss_function():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_manual_optimization_is_measured_up_to_its_backward_pass(engine):
+    class Manual(MLP):
+        steps = 0
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def optimizers(self):
+            return self.optimizer
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+            type(self).steps += 1
+
+    module, batch = Case(lambda: Manual()).build()
+    module.optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    before = [p.detach().clone() for p in module.parameters()]
+    norms = per_example_squared_norms(module, batch, engine=engine)
+    plain = MLP().to(torch.float64)
+    plain.load_state_dict(module.state_dict())
+    assert relative_error(norms, reference_norms(plain, batch)) < 1e-12
+    assert Manual.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_manual_optimization_without_a_backward_pass_is_refused():
     class Manual(MLP):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
 
     module, batch = Case(lambda: Manual()).build()
-    with pytest.raises(MeasurementError, match=r"`Manual` uses manual optimization.*Pass `loss_fn`") as refused:
+    module._trainer = None
+    with pytest.raises(MeasurementError, match=r"`Manual` uses manual optimization.*calls no") as refused:
         per_example_squared_norms(module, batch)
     assert refused.value.lasting
     assert per_example_squared_norms(module, batch, loss_fn=lambda m, b: classify(m.net, b)).all()

@@ -387,7 +387,7 @@ def test_an_engine_that_disagrees_with_the_loop_is_found():
 
         return engine
 
-    check_engine(off_by(1e-5), loss, sample)
+    check_engine(off_by(1e-8), loss, sample)
     with pytest.raises(FunctionalEngineError, match="other gradients than the plain loop"):
         check_engine(off_by(0.01), loss, sample)
 

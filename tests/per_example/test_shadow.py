@@ -23,6 +23,7 @@ from lightning_graddiv import per_example_squared_norms
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.functional import functional_gradients
 from lightning_graddiv.per_example.losses import StepLoss, measuring
+from lightning_graddiv.per_example.select import PerExampleEngine
 from lightning_graddiv.per_example.shadow import is_lightning_module, shadow_copy
 from tests.models import (
     CASES,
@@ -141,7 +142,7 @@ def test_shared_submodules_still_train_after_a_step_raised_inside_vmap():
     optimizer = module.configure_optimizers()
     before = state_of(module)
     with pytest.warns(UserWarning, match="inside vmap"):
-        norms = per_example_squared_norms(module, batch)
+        norms = PerExampleEngine().measure(StepLoss(module), batch).sq_norms
     assert state_of(module) == before
     assert {id(p) for p in module.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
     assert relative_error(norms, reference_norms(module, batch)) < 1e-12
@@ -691,7 +692,7 @@ def test_awkward_modules_are_measured_by_both_engines(name, engine):
 def test_backward_hooks_act_as_they_do_in_training():
     module, batch = Case(Hooks).build()
     with pytest.warns(UserWarning, match="Falling back to the engine `loop`"):
-        norms = per_example_squared_norms(module, batch)
+        norms = PerExampleEngine().measure(StepLoss(module), batch).sq_norms
     assert relative_error(norms, reference_norms(module, batch)) < 1e-12
 
 

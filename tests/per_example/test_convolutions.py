@@ -1,0 +1,186 @@
+"""Contributions to the weights of convolutions, on every way to their norms, against autograd on each example alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_graddiv.per_example import convolutions
+from lightning_graddiv.per_example.convolutions import Convolved
+from lightning_graddiv.per_example.factors import Probe
+from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+N = 3
+TYPES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+KERNELS = {1: (4,), 2: (3, 2), 3: (2, 3, 2)}
+OPTIONS = {
+    "plain": {},
+    "no bias": dict(bias=False),
+    "padding": dict(padding=(1, 0, 2)),
+    "stride": dict(stride=(2, 3, 2)),
+    "dilation": dict(dilation=(2, 1, 2)),
+    "groups": dict(groups=2),
+    "each channel by itself": dict(groups=4),
+    "all at once": dict(padding=(2, 1, 1), stride=(2, 1, 2), dilation=(1, 2, 2), groups=2),
+    "valid": dict(padding="valid"),
+    "same": dict(padding="same"),
+    "same, dilated, in groups": dict(padding="same", dilation=(3, 1, 2), groups=2),
+}
+MODES = ["zeros", "reflect", "replicate", "circular"]
+PADDINGS = {"numbers": (1, 1, 1), "same": "same", "valid": "valid"}
+
+
+def convolution(dimensions, many, **options):
+    """A convolution, and the extent of an input with ``many`` or few output positions for it."""
+    torch.manual_seed(0)
+    options = {k: v[:dimensions] if isinstance(v, tuple) else v for k, v in options.items()}
+    channels = (4, 8) if many else (16, 128)
+    extent = {1: 29, 2: 13, 3: 8} if many else {1: 7, 2: 5, 3: 3}
+    layer = TYPES[dimensions](*channels, KERNELS[dimensions], **options).double()
+    return layer, torch.randn(N, channels[0], *(extent[dimensions],) * dimensions, dtype=torch.float64)
+
+
+def gradients_of(layer, rows, output_gradients):
+    """Return the gradients of one example, name to tensor."""
+    return dict(
+        zip(
+            dict(layer.named_parameters()),
+            torch.autograd.grad(layer(rows), [*layer.parameters()], output_gradients),
+            strict=True,
+        )
+    )
+
+
+def is_early(layer, outputs):
+    """Tell whether a layer has so many positions that its gradients are cheaper than products between positions."""
+    positions, fan_in, fan_out = outputs[0, 0].numel(), layer.weight[0].numel(), len(layer.weight) // layer.groups
+    return positions * (fan_in + fan_out) >= fan_in * fan_out
+
+
+def refuse(*_):
+    pytest.fail("this way was not to be taken")
+
+
+def assert_rule_holds(layer, inputs, many, monkeypatch):
+    output_gradients = torch.randn_like(layer(inputs))
+    assert is_early(layer, output_gradients) == many
+    kind = layer_type(layer)
+    assert kind.leading(layer, inputs) == 1
+    found = kind.contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))
+    alone = [gradients_of(layer, inputs[i : i + 1], output_gradients[i : i + 1]) for i in range(N)]
+    expected = {name: torch.stack([gradients[name] for gradients in alone]) for name in alone[0]}
+    assert_same(found, expected, "_outer" if many else "explicit", monkeypatch)
+
+
+def assert_same(found, expected, not_taken, monkeypatch):
+    assert found.keys() == expected.keys()
+    for name, gradients in expected.items():
+        assert found[name].shape == gradients.shape[1:]
+        assert len(found[name]) == len(gradients)
+        torch.testing.assert_close(found[name].explicit(), gradients, rtol=1e-10, atol=1e-10)
+        part = found[name].at(slice(1, 3))
+        torch.testing.assert_close(part.explicit(), gradients[1:3], rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(Convolved, not_taken, refuse)
+    for name, gradients in expected.items():
+        probe = Probe.draw(gradients[0], torch.Generator().manual_seed(0))
+        norms, projections = found[name].measure(probe)
+        torch.testing.assert_close(norms, gradients.flatten(1).square().sum(1), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(projections, probe.of(gradients.sum(0)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dimensions", TYPES)
+def test_contributions_are_the_gradients_of_each_example_alone(dimensions, name, many, monkeypatch):
+    layer, inputs = convolution(dimensions, many, **OPTIONS[name])
+    assert_rule_holds(layer, inputs, many, monkeypatch)
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dimensions", TYPES)
+def test_every_padding_mode_is_that_of_the_layer(dimensions, mode, padding, many, monkeypatch):
+    layer, inputs = convolution(dimensions, many, padding=PADDINGS[padding], padding_mode=mode)
+    assert_rule_holds(layer, inputs, many, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS["all at once"]], ids=["plain", "all at once"])
+@pytest.mark.parametrize("dimensions", TYPES)
+def test_large_weights_are_differentiated_one_row_at_a_time(dimensions, options, monkeypatch):
+    layer, inputs = convolution(dimensions, True, **options)
+    calls, original = [], Convolved._weight_gradient
+
+    def spy(self, inputs, output_gradients, rows):
+        calls.append(rows)
+        return original(self, inputs, output_gradients, rows)
+
+    monkeypatch.setattr(Convolved, "_weight_gradient", spy)
+    for limit, taken in [(layer.weight.numel(), {N, 2}), (layer.weight.numel() - 1, {1})]:  # 2: some of them
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(convolutions, "_GROUPED_UP_TO", limit)
+            assert_rule_holds(layer, inputs, True, patch)
+        assert set(calls) == taken
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["one by one", "grouped"])
+@pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
+@pytest.mark.parametrize("layout", [Layout.FOLDED, Layout.STRIDED])
+@pytest.mark.parametrize("dimensions", TYPES)
+def test_examples_of_several_rows_have_the_sum_of_their_contributions(dimensions, layout, many, large, monkeypatch):
+    """The frames of a video, one after another or side by side."""
+    monkeypatch.setattr(convolutions, "_GROUPED_UP_TO", 0 if large else 10**9)
+    layer, _ = convolution(dimensions, many, groups=2, stride=(2, 1, 2), padding=(1, 1, 1))
+    rows = torch.randn(N, 2, layer.in_channels, *((9 if many else 2,) * dimensions), dtype=torch.float64)
+    output_gradients = torch.randn(N, *layer(rows[0]).shape, dtype=torch.float64)
+    alone = [gradients_of(layer, x, b) for x, b in zip(rows, output_gradients, strict=True)]
+    expected = {name: torch.stack([gradients[name] for gradients in alone]) for name in alone[0]}
+    if layout is Layout.STRIDED:
+        rows, output_gradients = rows.transpose(0, 1), output_gradients.transpose(0, 1)
+    arguments = [values.flatten(0, 1) for values in (rows, output_gradients)]
+    found = layer_type(layer).contributions(layer, *arguments, Arrangement(layout, N))
+    assert_same(found, expected, "_outer" if many else "explicit", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "many"), [(1, 10, False), (1, 11, True), (2, 5, False), (2, 6, True), (5, 2, False)]
+)
+def test_the_way_is_chosen_by_all_positions_of_an_example_and_the_size_of_a_group(rows, positions, many, monkeypatch):
+    layer = nn.Conv1d(16, 128, 4, groups=4).double()  # 16 x 32 numbers in a group: 10.7 positions cost the same
+    inputs = torch.randn(N * rows, 16, positions + 3, dtype=torch.float64)
+    output_gradients = torch.randn_like(layer(inputs))
+    layout = Layout.FIRST if rows == 1 else Layout.FOLDED
+    found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(layout, N))
+    monkeypatch.setattr(Convolved, "_outer" if many else "explicit", refuse)
+    found["weight"].measure(Probe.draw(layer.weight, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_frozen_parameters_are_left_out(frozen):
+    layer, inputs = convolution(2, True)
+    getattr(layer, frozen).requires_grad_(False)
+    output_gradients = torch.randn_like(layer(inputs))
+    found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))
+    assert found.keys() == {"weight", "bias"} - {frozen}
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
+def test_tensors_that_training_made_are_not_written_to(many):
+    layer, inputs = convolution(2, many, padding=(1, 1))
+    output_gradients = torch.randn_like(layer(inputs))
+    before = inputs.clone(), output_gradients.clone()
+    found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))
+    found["weight"].measure(Probe.draw(layer.weight, torch.Generator().manual_seed(0)))
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(output_gradients, before[1])
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+@pytest.mark.parametrize("dimensions", TYPES)
+def test_only_a_batch_has_examples(dimensions, missing):
+    layer, inputs = convolution(dimensions, True)
+    while inputs.ndim > dimensions + 2 - missing:
+        inputs = inputs[0]
+    assert layer_type(layer).leading(layer, inputs) == (1 if missing == 0 else 0)
