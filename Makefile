@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage lint format bench clean distclean
+.PHONY: help demo test test-slow test-conformance coverage lint format bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ test: $(STAMP) ## run the fast tests
 
 test-slow: $(STAMP) ## run the tests that are slow or need the network
 	$(RUN) -m pytest -m "slow or network" $(ARGS)
+
+test-conformance: $(STAMP) ## hold per-example gradients against every layer of torch and hundreds of odd models
+	$(RUN) -m pytest tests/conformance -m conformance $(ARGS)
 
 coverage: $(STAMP) ## run the fast tests and list the lines that none of them reaches
 	$(RUN) -m pytest --cov $(ARGS)

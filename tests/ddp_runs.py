@@ -134,7 +134,7 @@ def collectives(rank):
     class Gathers(AuditModule):
         def training_step(self, batch, batch_idx):
             everybody = self.all_gather(batch[0])
-            return super().training_step((batch[0] - everybody.mean((0, 1)),), batch_idx)
+            return super().training_step((batch[0] - everybody.mean((0, 1)) / 2,), batch_idx)
 
     monitor = GradientDiversityMonitor(every_n_steps=1)
     with warnings.catch_warnings(record=True) as caught:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_graddiv import GradientDiversityMonitor, GradientMoments, estimate_diversity
+from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor, GradientMoments, estimate_diversity
 from lightning_graddiv.callbacks.checks import require_one_optimizer
 from lightning_graddiv.callbacks.tap import TrainingStepTap
 from lightning_graddiv.per_example.in_band import GhostEngine
@@ -100,14 +100,23 @@ class TestArguments:
         with pytest.raises(ValueError, match=f"Expected argument `{named}` to be"):
             GradientDiversityMonitor(**arguments)
 
-    def test_manual_optimization_is_refused(self):
+    @pytest.mark.parametrize(
+        "callback",
+        [
+            GradientDiversityMonitor(engine="loop"),
+            GradientDiversityMonitor(engine="functional"),
+            AdaptiveBatchSize(max_batch_size=8),
+        ],
+        ids=["loop", "functional", "growth"],
+    )
+    def test_manual_optimization_is_refused_where_it_cannot_be_measured_or_grown(self, callback):
         class Manual(AuditModule):
             def __init__(self):
                 super().__init__(8)
                 self.automatic_optimization = False
 
         with pytest.raises(MisconfigurationException, match="automatic optimization"):
-            quiet_trainer(max_epochs=1, callbacks=[GradientDiversityMonitor()]).fit(Manual(), loader(8, 4))
+            quiet_trainer(max_epochs=1, callbacks=[callback]).fit(Manual(), loader(8, 4))
 
     def test_a_strategy_that_shards_parameters_is_refused(self):
         class FSDPStrategy:
@@ -115,7 +124,7 @@ class TestArguments:
 
         monitor, trainer = GradientDiversityMonitor(), quiet_trainer()
         trainer._accelerator_connector.strategy = FSDPStrategy()
-        with pytest.raises(MisconfigurationException, match=r"single device and DDP.*FSDPStrategy"):
+        with pytest.raises(MisconfigurationException, match=r"single device, DDP, and FSDP2.*FSDPStrategy"):
             monitor.setup(trainer, AuditModule(4), "fit")
 
     def test_two_monitors_may_differ_in_their_state(self):

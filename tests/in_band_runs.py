@@ -1,0 +1,196 @@
+"""In-band measuring on two processes (DDP and FSDP2 over gloo); each process writes what it saw to a folder.
+
+Run as `python -m tests.in_band_runs FOLDER`; test_in_band_ddp.py reads the folder.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.audit import quiet_trainer
+from tests.in_band import Collector, Convolutional, Step, Witness, signals
+
+SHARDS = (8, 5)
+
+
+def shard(rank: int, sizes: tuple[int, int] = SHARDS, steps: int = 6) -> TensorDataset:
+    """This process's own examples: the sampler is off, so that the shards may be uneven."""
+    whole = signals(steps * sum(sizes))
+    first = steps * sizes[0]
+    rows = slice(0, first) if rank == 0 else slice(first, None)
+    return TensorDataset(*(tensor[rows] for tensor in whole.tensors))
+
+
+class OwnShard(Witness):
+    def __init__(self, sizes=SHARDS, steps=6, **kwargs):
+        torch.manual_seed(0)
+        super().__init__(self.make_net(), **kwargs)
+        self.sizes, self.epoch_steps = sizes, steps
+
+    def make_net(self):
+        return Convolutional()
+
+    def train_dataloader(self):
+        rank = self.trainer.global_rank
+        return DataLoader(shard(rank, self.sizes, self.epoch_steps), self.sizes[rank])
+
+
+def run(module, strategy="ddp", **kwargs):
+    monitor = Collector()
+    settings = {"max_epochs": 1, "devices": 2, "use_distributed_sampler": False, "log_every_n_steps": 1}
+    quiet_trainer(callbacks=[monitor], strategy=strategy, **{**settings, **kwargs}).fit(module)
+    return {
+        "probes": [vars(probe) for probe in monitor.probes],
+        "coverages": monitor.coverages,
+        "steps": [vars(step) for step in module.steps],
+        "engine": monitor._measurer.engine,
+    }
+
+
+def uneven(rank):
+    return run(OwnShard())
+
+
+def accumulated(rank):
+    return run(OwnShard(), accumulate_grad_batches=3, gradient_clip_val=0.01)
+
+
+def unused(rank):
+    """A layer that one process uses and the other does not."""
+
+    class Sometimes(OwnShard):
+        def make_net(self):
+            net = Convolutional()
+            net.extra = nn.Linear(4, 4)
+            return net
+
+        def training_step(self, batch, batch_idx):
+            out = self.net(batch[0])
+            return F.mse_loss(out + self.net.extra(out) if self.global_rank == 0 else out, batch[1])
+
+    return run(Sometimes(), DDPStrategy(find_unused_parameters=True))
+
+
+def static(rank):
+    return run(OwnShard(), DDPStrategy(static_graph=True, gradient_as_bucket_view=True))
+
+
+def bucket_view(rank):
+    return run(OwnShard(), DDPStrategy(gradient_as_bucket_view=True), accumulate_grad_batches=2)
+
+
+def in_bf16(rank):
+    return run(OwnShard(), precision="bf16-mixed", accumulate_grad_batches=2)
+
+
+class Sharded(OwnShard):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        if self.is_sharded:
+            return
+        self.is_sharded = True
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (self.net.body[0], self.net.body[3]):  # a wrapped layer changes its class
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+    is_sharded = False
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.opens:
+            state = self.net.state_dict()
+            weights = {name: getattr(value, "full_tensor", value.clone)() for name, value in state.items()}
+            self.steps.append(Step(weights, divisor=self.trainer.accumulate_grad_batches))
+            self.opens = False
+        self.steps[-1].batches.append(batch)
+
+
+def fsdp2(rank):
+    return run(Sharded(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+
+
+def fsdp2_accumulated(rank):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return run(Sharded(), strategy, accumulate_grad_batches=3)
+
+
+def fsdp2_uncovered(rank):
+    """Batch normalisation cannot be looked into where the parameters are in pieces."""
+
+    class Normalized(Sharded):
+        def make_net(self):
+            net = Convolutional()
+            net.body[1] = nn.BatchNorm1d(8)
+            return net
+
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run(Normalized(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+    return {**result, "said": [str(w.message) for w in caught if "Collector" in str(w.message)]}
+
+
+def contrastive(rank):
+    def loss(net, batch):
+        return F.cross_entropy(net(batch[0]) @ batch[1].T, torch.arange(len(batch[0])))
+
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return run(OwnShard(loss=loss))
+
+
+def known_truth(rank):
+    """Gradients x_i with a known mean and spread; 64 examples on one process and 8 on the other."""
+    torch.manual_seed(rank)
+    spread = 200**0.5
+    rows = [torch.randn(200 * (64 if rank == 0 else 8), 128, dtype=torch.float64)]
+    x = spread * rows[0] / 128**0.5
+    x[:, 0] += 1.0
+
+    class Given(Witness):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(x), 64 if rank == 0 else 8)
+
+    def linear(net, batch):
+        return net(batch[0]).mean()
+
+    torch.manual_seed(0)
+    module = Given(nn.Linear(128, 1, bias=False).double(), linear, learning_rate=0.0)
+    result = run(module, precision="64-true")
+    return {"probes": result["probes"]}
+
+
+RUNS = (
+    uneven,
+    accumulated,
+    unused,
+    static,
+    bucket_view,
+    in_bf16,
+    contrastive,
+    known_truth,
+    fsdp2,
+    fsdp2_accumulated,
+    fsdp2_uncovered,
+)
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.set_num_threads(1)
+    for run_ in RUNS:
+        torch.save(run_(rank), folder / f"{run_.__name__}.{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
