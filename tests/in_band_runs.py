@@ -86,7 +86,7 @@ def bucket_view(rank):
 
 
 def in_bf16(rank):
-    return run(OwnShard(), precision="bf16-mixed", accumulate_grad_batches=2)
+    return run(OwnShard((32, 20)), precision="bf16-mixed", accumulate_grad_batches=2)
 
 
 class Sharded(OwnShard):

@@ -159,7 +159,7 @@ def _is_expected(factor: float, reduction: Reduction, share: float, allowed: flo
 
 def _rounding(module: nn.Module) -> tuple[float, float]:
     """Return how far two ways to the same gradient may differ: as a share of it, and of that of all parameters."""
-    return tolerance(module), 1e-6 if tolerance(module) > 1e-6 else 1e-12
+    return {1e-7: (1e-7, 1e-12), 1e-3: (1e-4, 1e-6)}.get(tolerance(module), (5e-2, 1e-5))
 
 
 def _fitting_layouts(uses: Sequence[Use], index: int, wanted: Tensor, slack: Tensor) -> list[Layout] | None:

@@ -49,6 +49,11 @@ class Pattern:
 PATTERNS: dict[str, Pattern] = {}
 
 
+def faint() -> float:
+    """Return a share of the gradient that shows beside rounding: in float32 less than a thousandth does not."""
+    return 1e-4 if torch.get_default_dtype() == torch.float64 else 5e-3
+
+
 def pattern(*, refused: str | None = None, or_right: bool = False) -> Callable[[Callable[[], Setup]], Any]:
     """Register a function that builds a pattern, under its name."""
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.conformance.patterns import MIXES, WEIGHS, N, Parts, Setup, T, of_rows, pattern, plain, rows, tokens
+from tests.conformance.patterns import MIXES, WEIGHS, N, Parts, Setup, T, faint, of_rows, pattern, plain, rows, tokens
 from tests.conformance.patterns.layouts import unsampled
 from tests.conformance.reference import curved
 
@@ -379,6 +379,6 @@ def balance_between_experts_over_the_batch():
 @pattern(refused=MIXES + "|" + WEIGHS, or_right=True)
 def faint_contrast_within_the_batch():
     def loss(m: nn.Module, x: Tensor) -> Tensor:
-        return plain(m, x) + 1e-4 * m(x).var(0, unbiased=False).sum()
+        return plain(m, x) + faint() * m(x).var(0, unbiased=False).sum()
 
     return Setup(net(), rows(4), loss)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from tests.conformance.patterns import N, Parts, Setup, T, of_rows, parameter, pattern, plain, rows, tokens
+from tests.conformance.patterns import N, Parts, Setup, T, faint, of_rows, parameter, pattern, plain, rows, tokens
 from tests.conformance.reference import curved
 
 
@@ -56,7 +56,7 @@ def weight_used_functionally_beside_the_call():
 @pattern()
 def weight_used_faintly_beside_the_call():
     net = Parts(layer=nn.Linear(4, 4))
-    return Setup(net, rows(4), of_rows(lambda m, x: m.layer(x).tanh() + 1e-4 * F.linear(x.cos(), m.layer.weight)))
+    return Setup(net, rows(4), of_rows(lambda m, x: m.layer(x).tanh() + faint() * F.linear(x.cos(), m.layer.weight)))
 
 
 @pattern()
