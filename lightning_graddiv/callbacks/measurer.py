@@ -28,8 +28,10 @@ from lightning_graddiv.errors import CouplingError, MeasurementError
 from lightning_graddiv.per_example.batches import count_examples
 from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.in_band import GhostEngine, GhostStep, GroupStep, InBandStep
-from lightning_graddiv.per_example.losses import StepLoss
-from lightning_graddiv.per_example.select import PerExampleEngine
+from lightning_graddiv.per_example.losses import StepLoss, measuring
+from lightning_graddiv.per_example.microbatch import group_moments
+from lightning_graddiv.per_example.select import PerExampleEngine, with_frozen_copied
+from lightning_graddiv.per_example.separability import mixes_by_normalisation_only
 
 _ORDER = {
     "auto": ("ghost", "replay", "microbatch"),
@@ -42,10 +44,12 @@ _ORDER = {
 _SAID = {
     "replay": "the engines `functional` and `loop`, which run the step again on single examples; `max_examples` limits "
     "their cost",
-    "microbatch": "the engine `microbatch`, which compares the gradients of whole micro-batches, of processes, or of "
-    "consecutive steps",
+    "microbatch": "the engine `microbatch`, which compares the gradients of whole micro-batches, of processes, of "
+    "groups of a micro-batch, or of consecutive steps",
 }
 
+
+_FEWEST_TO_REGROUP = 8
 
 _NOTHING_COVERED = MeasurementError("no layer with a rule holds its parameters.", lasting=True)
 
@@ -69,6 +73,7 @@ class StepMeasurer:
         self._attempts = 0
         self._has_said_what = False
         self._couples_ranks = False
+        self._regroups = False
         self._reset()
 
     def _reset(self) -> None:
@@ -209,6 +214,9 @@ class StepMeasurer:
         if self.engine == "replay":
             self._end(self._replayed(trainer, module, args))
             return
+        if self._regroups and trainer.world_size * trainer.accumulate_grad_batches == 1:
+            self._end(self._regrouped(trainer, module, args))
+            return
         if self._step is None:
             self._step = self._begun(trainer)
         try:
@@ -234,11 +242,14 @@ class StepMeasurer:
             return True
         mask, error = self._proof(trainer, module, args)
         is_lasting = isinstance(error, MeasurementError) and error.lasting
-        numbers = [float(error is None), float(not is_lasting), float(not isinstance(error, CouplingError)), *mask]
-        is_good, is_passing, is_apart, *agreed = smallest_over_ranks(numbers, trainer.strategy.root_device)
-        self._couples_ranks = not is_apart
-        if is_good and any(agreed):
-            self._ghost.adopt(agreed, self._parameters)
+        is_apart = not isinstance(error, CouplingError)
+        regroups = is_lasting and self._would_regroup(trainer, module, args)
+        numbers = [float(flag) for flag in (error is None, not is_lasting, is_apart, regroups)] + mask
+        agreed = smallest_over_ranks(numbers, trainer.strategy.root_device)
+        is_good, is_passing, is_apart, regroups, mask = *(flag > 0 for flag in agreed[:4]), agreed[4:]
+        self._couples_ranks, self._regroups = not is_apart, regroups
+        if is_good and any(mask):
+            self._ghost.adopt(mask, self._parameters)
             self._say_what(module)
             return True
         self._ghost.settle(is_good=False)
@@ -248,7 +259,7 @@ class StepMeasurer:
         following = self._engines[1:] if is_good else [name for name in self._engines[1:] if name == "microbatch"]
         if (is_good or not is_passing) and not self._is_sharded() and self._falls_back_to(following, error):
             return True
-        self._end(Outcome(None, refusal=error, is_lasting=is_good > 0 or not is_passing), may_fall_back=False)
+        self._end(Outcome(None, refusal=error, is_lasting=is_good or not is_passing), may_fall_back=False)
         return False
 
     def _proof(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> tuple[list[float], Exception | None]:
@@ -261,6 +272,30 @@ class StepMeasurer:
             return self._ghost.check(loss, args[0], total, seed=self._attempts), None
         except Exception as error:  # measuring must never end a training run
             return nothing, error
+
+    def _would_regroup(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> bool:
+        """Tell whether groups of a micro-batch, run by themselves, say what whole ones would."""
+        try:
+            loss = self._loss(trainer, module, args)
+            total = count_examples(args[0], drawn_batch_size(single_train_loader(trainer)))
+            with measuring(module, self._attempts):
+                return total >= _FEWEST_TO_REGROUP and with_frozen_copied(
+                    loss, lambda: mixes_by_normalisation_only(loss, args[0], total)
+                )
+        except Exception:  # measuring must never end a training run
+            return False
+
+    def _regrouped(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> Outcome:
+        try:
+            total = count_examples(args[0], drawn_batch_size(single_train_loader(trainer)))
+            if total < _FEWEST_TO_REGROUP:
+                return Outcome(None, is_retried=True)  # a last batch: the next is due
+            loss = self._loss(trainer, module, args)
+            moments = with_frozen_copied(loss, lambda: group_moments(loss, args[0], total, seed=self._attempts))
+            return Outcome(moments)
+        except Exception as error:  # measuring must never end a training run
+            is_lasting = isinstance(error, MeasurementError) and error.lasting
+            return Outcome(None, refusal=error, is_lasting=is_lasting)
 
     def _replayed(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> Outcome:
         sums: GradientSums | None = None

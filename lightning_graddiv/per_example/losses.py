@@ -55,6 +55,7 @@ class StepLoss:
     ) -> None:
         self.module = module
         self.parameters = _trainable(module, parameters)
+        self._watch: Watch | None = None
         self.is_partial = False  # the loss depends on more parameters than these
         self.copies_frozen = False  # set where the step writes to parameters without gradient
         self._loss_of = loss_fn if loss_fn is not None else _training_step_loss(module, step_args)
@@ -65,6 +66,12 @@ class StepLoss:
         restricted.parameters, restricted.is_partial = list(parameters), True
         return restricted
 
+    def watched_by(self, watch: Watch) -> "StepLoss":
+        """Return the same loss with every call looked on by ``watch``."""
+        watched = copy.copy(self)
+        watched._watch = watch
+        return watched
+
     def __call__(self, batch: Any, watch: Watch | None = None) -> Tensor:
         """Return the scalar loss at the module's own parameters, with its autograd graph.
 
@@ -72,7 +79,7 @@ class StepLoss:
             batch: the batch.
             watch: called with the module that is about to run, a shadow of ``module``.
         """
-        return self._run(batch, None, watch=watch)
+        return self._run(batch, None, watch=watch or self._watch)
 
     def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
         """Return the scalar loss with ``values`` in place of ``parameters``: a pure function, for ``torch.func``."""

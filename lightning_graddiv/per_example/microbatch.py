@@ -22,7 +22,10 @@ from lightning_graddiv.per_example.functional import differentiate, require_fini
 from lightning_graddiv.per_example.losses import StepLoss, measuring
 from lightning_graddiv.per_example.norms import real_view, sum_dtype, sum_of_squares
 
-_MOST_GROUPS = 8
+_MOST_GROUPS = 4
+
+_SMALLEST_GROUP = 8
+"""Where batch normalisation is: its statistics of fewer examples are others (benchmarks/results/batch_norm.json)."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +67,25 @@ class GroupSums:
         return GradientMoments(count, count * sq_norm_of_mean + (count - 1) * trace, count**2 * sq_norm_of_mean)
 
 
-def group_moments(loss: StepLoss, batch: Any, total: int, groups: int = _MOST_GROUPS) -> GradientMoments:
-    """Return moments between groups of a batch, each of which the step runs on by itself.
+def group_moments(loss: StepLoss, batch: Any, total: int, *, seed: int | None = None) -> GradientMoments:
+    """Return moments between groups of a batch, each of which the step runs on by itself, at the same weights.
+
+    There are up to four groups, of at least eight examples where the batch has sixteen.
 
     Args:
         loss: the step's loss, a mean over the batch.
         batch: a batch of ``total`` examples.
         total: the number of examples.
-        groups: how many groups at most; none is smaller than two examples.
+        seed: of the noise in the step. None: the present random state.
 
     Raises:
         MeasurementError: there are fewer than four examples, or a loss or gradient is not finite.
     """
-    groups = min(groups, total // 2)
-    if groups < 2:
+    groups = max(2, min(_MOST_GROUPS, total // _SMALLEST_GROUP))
+    if total < 4:
         raise MeasurementError(f"A batch of {total} examples does not make two groups of two.", lasting=True)
     sums, mean = GroupSums(), torch.zeros(())
-    with measuring(loss.module):
+    with measuring(loss.module, seed):
         for group in range(groups):
             examples = range(group * total // groups, (group + 1) * total // groups)
             gradients = differentiate(loss, select(batch, examples, total))

@@ -1,7 +1,7 @@
 """Proof, by behaviour, that the gradient of a batch is made of the gradients of its examples."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from lightning_graddiv.per_example.functional import (
     splitting,
 )
 from lightning_graddiv.per_example.guard import writes_refused
+from lightning_graddiv.per_example.layers import mixes_examples
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
 from lightning_graddiv.per_example.norms import sum_of_squares
@@ -118,6 +119,23 @@ def refuse_weighted(sample: Sample) -> None:
     """
     if sample.is_weighted:
         raise MeasurementError(_weighted(sample.weights), lasting=True)
+
+
+def mixes_by_normalisation_only(loss: StepLoss, batch: Any, total: int) -> bool:
+    """Tell whether batch normalisation mixes the examples and nothing else does: with its statistics held still."""
+
+    def hold_still(module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:  # noqa: ARG001
+        for layer in module.modules():
+            if mixes_examples(layer):
+                layer.eval()
+
+    if not any(mixes_examples(layer) for layer in loss.module.modules()):
+        return False
+    try:
+        compare_with_parts(loss.watched_by(hold_still), batch, total)
+    except MeasurementError:
+        return False
+    return True
 
 
 def check_engine(engine: Callable[[StepLoss, Any, int], PerExampleGradients], loss: StepLoss, sample: Sample) -> None:
