@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from lightning_graddiv.diversity import DiversityEstimate
 from lightning_graddiv.theory import gain
 
@@ -48,6 +50,7 @@ def report(trainer: Any, module: Any, metrics: Mapping[str, float], *, prefix: s
     named = {f"{prefix}/{name}": value for name, value in metrics.items()}
     for logger in trainer.loggers:
         logger.log_metrics(named, step=step)
-    for name, value in named.items():
-        shown = name == f"{prefix}/{_SHOWN}"
-        module.log(name, value, prog_bar=shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
+    shown = f"{prefix}/{_SHOWN}"
+    module.log(shown, named[shown], prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+    # Not by `log` too: each call of that looks at all that was logged before, and a dozen take longer than measuring.
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
