@@ -44,20 +44,23 @@ _PROBES_FOR_RANK_CHECK = 8
 class GradientDiversityMonitor(Callback):
     """Measure the batch-size bound B_S(w) of Yin et al. (Definition 5) during training, with a confidence interval.
 
-    Every ``every_n_steps`` optimizer steps, the per-example gradients of that step's first micro-batch are measured on
-    all processes, at the weights and on the very arguments that ``training_step`` receives, before it runs. The
-    estimate pools the last ``window`` measurements. Training is not touched: with the monitor the weights are
-    bit-identical to those without it.
+    Every ``every_n_steps`` optimizer steps, the gradients of a step's examples are measured on all processes, at the
+    weights of that step. With ``engine="auto"`` this happens in the forward and backward pass that training makes, for
+    the whole effective batch; what that does not cover is measured by running the step again on copies, and what cannot
+    be split into examples between groups of them (``docs/engines.md``). The estimate pools the last ``window``
+    measurements. Training is not touched: with the monitor the weights are bit-identical to those without it.
 
     Logged to every logger at the measured step, under ``log_prefix``: ``batch_size_bound``, ``bound_lower``,
     ``bound_upper``, ``diversity`` (not for a stream), ``noise_scale``, ``grad_sq_norm`` (unbiased |G|^2, may be
-    negative), ``second_moment``, ``batch_size``, ``learning_rate``, ``sample_efficiency`` and ``overhead`` (seconds
-    spent measuring over seconds of training without them). The progress bar shows the bound.
+    negative), ``second_moment``, ``batch_size``, ``learning_rate``, ``sample_efficiency``, ``coverage`` (share of
+    |gradient|^2 in the parameters measured) and ``overhead`` (seconds spent measuring over seconds of training without
+    them). The progress bar shows the bound; ``trainer.callback_metrics`` has all.
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next.
-        engine: ``"auto"``, ``"functional"`` or ``"loop"``; see :func:`~lightning_graddiv.per_example_squared_norms`.
-        max_examples: measure at most so many examples per process. None: the whole micro-batch.
+        engine: ``"auto"``, ``"ghost"`` (in-band), ``"functional"``, ``"loop"`` or ``"microbatch"`` (between groups).
+        max_examples: measure at most so many examples per process, where the step is run again. None: the whole
+            micro-batch.
         window: measurements that one estimate pools, at least 4. It restarts when the learning rate falls by half.
         confidence: of the two-sided interval.
         log_prefix: first part of the logged names.

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions, Probe, added
-from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout, layer_type
+from lightning_graddiv.per_example.layers import PARAMETER_NAMES, Arrangement, LayerType, Layout, layer_type
 from lightning_graddiv.per_example.norms import sum_of_squares
 
 Layouts = Mapping[tuple[int, int], Layout]
@@ -166,12 +166,13 @@ class GhostRecorder:
         tensors = self._parameters if stand_ins is None else stand_ins
         indices = {id(tensor): index for index, tensor in enumerate(tensors) if index in self._measured}
         for layer in module.modules():
-            held = {name: indices[id(p)] for name, p in layer._parameters.items() if id(p) in indices}
+            named = ((name, layer._parameters.get(name)) for name in PARAMETER_NAMES)
+            held = {name: indices[id(parameter)] for name, parameter in named if id(parameter) in indices}
             kind = layer_type(layer) if held else None
             if kind is not None:
                 self._attach_layer(layer, kind, held)
         for index, tensor in enumerate(tensors):
-            if index in self._measured and not is_sharded(tensor):
+            if index in self._measured and tensor.requires_grad and not is_sharded(tensor):
                 self._handles.append(tensor.register_hook(self._gradient_hook(index)))
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
@@ -322,14 +323,15 @@ class GhostRecorder:
         return lambda gradient: self._guarded(lambda: self._on_parameter(index, gradient))
 
     def _on_parameter(self, index: int, gradient: Tensor) -> None:
-        if index in self._gradients:
-            self._misses[index] = "it takes part in more than one backward pass"
-            return
         if gradient.is_complex():
             self._misses[index] = "it is complex"
             return
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        self._gradients[index] = self._probe(index).of(dense), sum_of_squares([dense])
+        projected, sq_norm = self._probe(index).of(dense), sum_of_squares([dense])
+        if index in self._gradients:  # a re-entrant checkpoint runs a backward pass of its own
+            before_it, norm_before = self._gradients[index]
+            projected, sq_norm = before_it + projected, norm_before + sq_norm
+        self._gradients[index] = projected, sq_norm
         if self._keeps_local:
             before = self._parameters[index].grad
             so_far = dense if before is None else before.detach() + dense

@@ -92,6 +92,9 @@ class LayerType:
     accepts: Callable[[Any], bool]
 
 
+PARAMETER_NAMES = ("weight", "bias")
+"""What the parameters of all these layers are called."""
+
 LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
 
 

@@ -139,7 +139,7 @@ def _compare_in_other_company(
             misses |= apart.misses
             covered = [index for index in range(len(loss.parameters)) if index not in misses]
             among_all = together.total(covered)[examples]
-            factor = float(apart.total(covered).sum() / among_all.sum()) if bool(among_all.any()) else 1.0
+            factor = _common_factor(apart, together, examples, covered)
             is_weighted |= not _is_expected(factor, plan.reduction, total / len(examples), tolerance(loss.module))
             floor = of_all * among_all.max()
             for index in covered:
@@ -150,6 +150,15 @@ def _compare_in_other_company(
     if len(plan.misses) < len(misses) == len(loss.parameters):
         raise MixingError(MIXED, lasting=True)
     return replace(plan, misses=misses, reduction="weighted" if is_weighted else plan.reduction)
+
+
+def _common_factor(apart: Recorded, together: Recorded, examples: Sequence[int], covered: Sequence[int]) -> float:
+    """Return the middle one of the factors between what the examples contribute apart and together."""
+    both = [index for index in covered if index in apart.sq_norms and index in together.sq_norms]
+    pairs = [(apart.sq_norms[index], together.sq_norms[index][examples]) for index in both]
+    ratios = [found[wanted > 0] / wanted[wanted > 0] for found, wanted in pairs]
+    values = torch.cat(ratios) if ratios else torch.ones(0)
+    return float(values.median()) if len(values) > 0 else 1.0
 
 
 def _is_expected(factor: float, reduction: Reduction, share: float, allowed: float) -> bool:
