@@ -18,20 +18,17 @@ from lightning_graddiv.callbacks.outcome import (
     ghost_outcome,
     group_outcome,
     groups_applied,
-    replay_outcome,
 )
+from lightning_graddiv.callbacks.replay import SeenStep, regrouped, replayed, would_regroup
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
 from lightning_graddiv.callbacks.tap import TrainingStepTap
 from lightning_graddiv.distributed import smallest_over_ranks
-from lightning_graddiv.diversity import GradientSums
 from lightning_graddiv.errors import CouplingError, MeasurementError
 from lightning_graddiv.per_example.batches import count_examples
 from lightning_graddiv.per_example.ghost import is_sharded
-from lightning_graddiv.per_example.in_band import GhostEngine, GhostStep, GroupStep, InBandStep
-from lightning_graddiv.per_example.losses import StepLoss, measuring
-from lightning_graddiv.per_example.microbatch import group_moments
-from lightning_graddiv.per_example.select import PerExampleEngine, with_frozen_copied
-from lightning_graddiv.per_example.separability import mixes_by_normalisation_only
+from lightning_graddiv.per_example.ghost_engine import GhostEngine
+from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, InBandStep
+from lightning_graddiv.per_example.select import PerExampleEngine
 
 _ORDER = {
     "auto": ("ghost", "replay", "microbatch"),
@@ -48,8 +45,6 @@ _SAID = {
     "groups of a micro-batch, or of consecutive steps",
 }
 
-
-_FEWEST_TO_REGROUP = 8
 
 _NOTHING_COVERED = MeasurementError("no layer with a rule holds its parameters.", lasting=True)
 
@@ -212,15 +207,16 @@ class StepMeasurer:
         if self._step is None and self.engine == "ghost" and not self._is_proven(trainer, module, args):
             return
         if self.engine == "replay":
-            self._end(self._replayed(trainer, module, args))
+            self._end(replayed(self._seen(trainer, module, args), self._replay, trainer.strategy.root_device))
             return
         if self._regroups and trainer.world_size * trainer.accumulate_grad_batches == 1:
-            self._end(self._regrouped(trainer, module, args))
+            self._end(regrouped(self._seen(trainer, module, args)))
             return
         if self._step is None:
             self._step = self._begun(trainer)
         try:
-            loss = None if self.engine == "microbatch" or self._is_sharded() else self._loss(trainer, module, args)
+            runs_again = self.engine == "ghost" and not self._is_sharded()
+            loss = self._seen(trainer, module, args).loss() if runs_again else None
             examples = self._count(trainer, args, batch_idx)
             self._step.forward(module, loss, args[0], examples, trainer.accumulate_grad_batches)
         except Exception as error:  # measuring must never end a training run
@@ -229,11 +225,11 @@ class StepMeasurer:
     def _begun(self, trainer: Any) -> InBandStep:
         if self.engine == "microbatch":
             return GroupStep(self._parameters)
-        compares = trainer.world_size > 1 and not self._is_sharded()
-        # Fresh noise in each measurement and on each process: with equal masks, gradients would be too much alike.
-        noise_seed = self._attempts * trainer.world_size + trainer.global_rank
         return self._ghost.step(
-            self._parameters, compares_processes=compares, seed=self._attempts, noise_seed=noise_seed
+            self._parameters,
+            compares_processes=trainer.world_size > 1 and not self._is_sharded(),
+            seed=self._attempts,
+            noise_seed=self._noise_seed(trainer),
         )
 
     def _is_proven(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> bool:
@@ -243,7 +239,7 @@ class StepMeasurer:
         mask, error = self._proof(trainer, module, args)
         is_lasting = isinstance(error, MeasurementError) and error.lasting
         is_apart = not isinstance(error, CouplingError)
-        regroups = is_lasting and self._would_regroup(trainer, module, args)
+        regroups = is_lasting and would_regroup(self._seen(trainer, module, args))
         numbers = [float(flag) for flag in (error is None, not is_lasting, is_apart, regroups)] + mask
         agreed = smallest_over_ranks(numbers, trainer.strategy.root_device)
         is_good, is_passing, is_apart, regroups, mask = *(flag > 0 for flag in agreed[:4]), agreed[4:]
@@ -267,52 +263,18 @@ class StepMeasurer:
         try:
             if self._is_sharded():
                 return self._ghost.assume(module, self._parameters), None
-            loss = self._loss(trainer, module, args)
-            total = count_examples(args[0], drawn_batch_size(single_train_loader(trainer)))
-            return self._ghost.check(loss, args[0], total, seed=self._attempts), None
+            seen = self._seen(trainer, module, args)
+            return self._ghost.check(seen.loss(), args[0], seen.count(), seed=self._attempts), None
         except Exception as error:  # measuring must never end a training run
             return nothing, error
 
-    def _would_regroup(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> bool:
-        """Tell whether groups of a micro-batch, run by themselves, say what whole ones would."""
-        try:
-            loss = self._loss(trainer, module, args)
-            total = count_examples(args[0], drawn_batch_size(single_train_loader(trainer)))
-            with measuring(module, self._attempts):
-                return total >= _FEWEST_TO_REGROUP and with_frozen_copied(
-                    loss, lambda: mixes_by_normalisation_only(loss, args[0], total)
-                )
-        except Exception:  # measuring must never end a training run
-            return False
+    def _seen(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> SeenStep:
+        at_most = drawn_batch_size(single_train_loader(trainer))
+        return SeenStep(module, trainer.optimizers[0], args, at_most, self._noise_seed(trainer))
 
-    def _regrouped(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> Outcome:
-        try:
-            total = count_examples(args[0], drawn_batch_size(single_train_loader(trainer)))
-            if total < _FEWEST_TO_REGROUP:
-                return Outcome(None, is_retried=True)  # a last batch: the next is due
-            loss = self._loss(trainer, module, args)
-            moments = with_frozen_copied(loss, lambda: group_moments(loss, args[0], total, seed=self._attempts))
-            return Outcome(moments)
-        except Exception as error:  # measuring must never end a training run
-            is_lasting = isinstance(error, MeasurementError) and error.lasting
-            return Outcome(None, refusal=error, is_lasting=is_lasting)
-
-    def _replayed(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> Outcome:
-        sums: GradientSums | None = None
-        refusal: Exception | None = None
-        try:
-            at_most = drawn_batch_size(single_train_loader(trainer))
-            seed = self._attempts * trainer.world_size + trainer.global_rank
-            loss = self._loss(trainer, module, args)
-            sums = self._replay.measure(loss, args[0], at_most=at_most, seed=seed).sums()
-            sums.moments()  # refuses what is not finite before other processes count on it
-        except Exception as error:  # measuring must never end a training run
-            sums, refusal = None, error
-        return replay_outcome(sums, refusal, trainer.strategy.root_device)
-
-    def _loss(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> StepLoss:
-        parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
-        return StepLoss(module, step_args=args[1:], parameters=parameters)
+    def _noise_seed(self, trainer: Any) -> int:
+        """Return a seed of fresh noise, another on each process: with equal masks, gradients are too much alike."""
+        return self._attempts * int(trainer.world_size) + int(trainer.global_rank)
 
     def _count(self, trainer: Any, args: tuple[Any, ...], batch_idx: int) -> int:
         loader = single_train_loader(trainer)

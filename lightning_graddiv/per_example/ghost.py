@@ -9,7 +9,6 @@ a use of the parameter that no layer accounts for is noticed in the very step th
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions, Probe, added
-from lightning_graddiv.per_example.layers import PARAMETER_NAMES, Arrangement, LayerType, Layout, layer_type
+from lightning_graddiv.per_example.layers import PARAMETER_NAMES, LayerType, Layout, layer_type
 from lightning_graddiv.per_example.norms import sum_of_squares
+from lightning_graddiv.per_example.records import Recorded, Use
 
 Layouts = Mapping[tuple[int, int], Layout]
 """How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""
@@ -29,73 +29,6 @@ Layouts = Mapping[tuple[int, int], Layout]
 _ROUNDING = {16: (5e-2, 1e-5), 32: (2e-4, 1e-6), 64: (1e-8, 1e-12)}
 """By the bits of the numbers: how far a gradient may be from what its examples add up to, as a share of their norm, and
 of the norm of all parameters."""
-
-
-@dataclass
-class Use:
-    """One call of a layer: what went in, and the gradient of what came out.
-
-    Attributes:
-        layer: the layer.
-        kind: what is known of its type.
-        parameters: which of its parameters are measured, name to index.
-        ordinals: the how-manieth use of the parameter this is, name to count.
-        inputs: of the call.
-        output_gradient: None until the backward pass comes by.
-    """
-
-    layer: nn.Module
-    kind: LayerType
-    parameters: dict[str, int]
-    ordinals: dict[str, int]
-    inputs: Tensor
-    version: int
-    output_gradient: Tensor | None = None
-
-    @property
-    def leading(self) -> tuple[int, ...]:
-        """The shape of the input's dimensions that the parameters do not see."""
-        return tuple(self.inputs.shape[: self.kind.leading(self.layer, self.inputs)])
-
-    def contributions(self, layout: Layout, examples: int) -> dict[str, Contributions]:
-        """Return what each example contributes to each parameter, in at least float32.
-
-        Raises:
-            MeasurementError: the input was changed after the call.
-        """
-        if self.inputs._version != self.version:
-            raise MeasurementError(f"the input of a `{type(self.layer).__name__}` was changed in place after its use")
-        gradient = self.output_gradient
-        if gradient is None:
-            raise MeasurementError("the backward pass did not reach the layer")
-        inputs = self.inputs
-        if inputs.is_floating_point():  # as autocast has it
-            inputs = _wide(inputs.to(gradient.dtype))
-        return self.kind.contributions(self.layer, inputs, _wide(gradient), Arrangement(layout, examples))
-
-
-@dataclass
-class Recorded:
-    """What one backward pass showed, by the parameter's index.
-
-    Attributes:
-        examples: n.
-        sq_norms: squared norms of the contributions, shape (n,), float64.
-        misses: why a parameter is not accounted for.
-        projections: of the gradient of this pass, shape (4,), float64.
-        local_sq_norm: ``|gradient so far|^2``, this pass included; None where it was not asked for or is not known.
-    """
-
-    examples: int
-    sq_norms: dict[int, Tensor]
-    misses: dict[int, str]
-    projections: Tensor
-    local_sq_norm: float | None
-
-    def total(self, parameters: Sequence[int]) -> Tensor:
-        """Return the squared norms over these parameters, shape (n,)."""
-        found = [self.sq_norms[index] for index in parameters if index in self.sq_norms]
-        return torch.stack(found).sum(0) if found else torch.zeros(self.examples, dtype=torch.float64)
 
 
 class GhostRecorder:
@@ -391,7 +324,3 @@ def allows_tf32() -> bool:
 def is_sharded(tensor: Tensor | None) -> bool:
     """Tell a parameter of which this process holds only a part (FSDP2)."""
     return hasattr(tensor, "device_mesh")
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -19,11 +19,12 @@ from lightning_graddiv.errors import MeasurementError, MixingError
 from lightning_graddiv.per_example.batches import select
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.functional import differentiate
-from lightning_graddiv.per_example.ghost import GhostRecorder, Recorded, Use
+from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.guard import writes_refused
 from lightning_graddiv.per_example.layers import Layout
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
+from lightning_graddiv.per_example.records import Recorded, Use
 from lightning_graddiv.per_example.separability import MIXED, Sample, compare_with_parts, full_precision, tolerance
 
 Reduction = Literal["mean", "sum", "weighted"]

@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor, GradientMoments, estimate_diversity
 from lightning_graddiv.callbacks.checks import require_one_optimizer
 from lightning_graddiv.callbacks.tap import TrainingStepTap
-from lightning_graddiv.per_example.in_band import GhostEngine
+from lightning_graddiv.per_example.ghost_engine import GhostEngine
 from tests.audit import AuditModule, loader, quiet_trainer, warned
 
 

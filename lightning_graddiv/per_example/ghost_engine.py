@@ -1,0 +1,111 @@
+"""What is proven about a module's parameters, from one measured step to the next."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.in_band import GhostStep
+from lightning_graddiv.per_example.layers import layer_type, mixes_examples
+from lightning_graddiv.per_example.losses import StepLoss, measuring
+from lightning_graddiv.per_example.proof import GhostPlan, prove
+from lightning_graddiv.per_example.select import PerExampleEngine, is_check_due, with_frozen_copied
+
+
+class GhostEngine:
+    """What is proven about a module's parameters, over a whole training.
+
+    The proof is made at the first measurement, after 1, 2, 4, 8, ... and every 64, and again after a failure. Every
+    decision is taken from what all processes agree on.
+
+    Attributes:
+        covered: the parameters that are measured in-band, by index.
+        misses: why the others are not.
+    """
+
+    def __init__(self) -> None:
+        self.covered: list[int] = []
+        self.misses: dict[int, str] = {}
+        self._plan = GhostPlan()
+        self._rest: PerExampleEngine | None = PerExampleEngine()
+        self._measured = 0
+        self._is_trusted = False
+        self._known: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Forget which objects the parameters were: a copy has others."""
+        return {**self.__dict__, "_known": []}
+
+    def is_check_due(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`."""
+        is_known = self._known == [id(parameter) for parameter in parameters]
+        return not self._is_trusted or not is_known or is_check_due(self._measured)
+
+    def check(self, loss: StepLoss, batch: Any, total: int, *, seed: int) -> list[float]:
+        """Prove on a few examples what can be measured.
+
+        Returns:
+            One for every parameter that can, zero for the others.
+
+        Raises:
+            MeasurementError: the batch cannot be split into examples.
+        """
+        with measuring(loss.module, seed):
+            self._plan, _ = with_frozen_copied(loss, lambda: prove(loss, batch, total, seed=self._measured))
+        return [0.0 if index in self._plan.misses else 1.0 for index in range(len(loss.parameters))]
+
+    def assume(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[float]:
+        """Take the layers' rules on trust where no process holds the whole parameters to prove them on (FSDP2).
+
+        That a layer's uses add up to its parameter's gradient is still checked in every measurement.
+
+        Raises:
+            MeasurementError: a layer is known to mix examples.
+        """
+        held = set()
+        for name, layer in module.named_modules():
+            if mixes_examples(layer):
+                raise MeasurementError(
+                    f"`{name}` ({type(layer).__name__}) mixes the examples of a batch, and the parameters are sharded.",
+                    lasting=True,
+                )
+            if layer_type(layer) is not None:
+                held |= {id(parameter) for parameter in layer.parameters(recurse=False)}
+        mask = [float(id(parameter) in held) for parameter in parameters]
+        misses = {index: "no layer with a rule holds it" for index, known in enumerate(mask) if not known}
+        self._plan, self._rest = GhostPlan(misses=misses, assumed=True), None
+        return mask
+
+    def adopt(self, mask: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
+        """Take over what is proven on every process."""
+        self.misses = dict(self._plan.misses)
+        for index, is_proven in enumerate(mask):
+            if not is_proven:
+                self.misses.setdefault(index, "another process cannot measure it so")
+        self.covered = [index for index, is_proven in enumerate(mask) if is_proven]
+        self._known = [id(parameter) for parameter in parameters]
+        self._is_trusted = True
+
+    def step(
+        self, parameters: Sequence[nn.Parameter], *, compares_processes: bool, seed: int, noise_seed: int
+    ) -> GhostStep:
+        """Begin the measurement of a step."""
+        return GhostStep(
+            parameters,
+            self._plan,
+            self.covered,
+            self._rest,
+            compares_processes=compares_processes,
+            seed=seed,
+            noise_seed=noise_seed,
+        )
+
+    def leave_out_the_rest(self) -> None:
+        """From now on measure only what is covered."""
+        self._rest = None
+
+    def settle(self, *, is_good: bool) -> None:
+        """Note how a measurement ended, on every process alike."""
+        self._measured += is_good
+        self._is_trusted = is_good
