@@ -67,22 +67,25 @@ class GroupSums:
         return GradientMoments(count, count * sq_norm_of_mean + (count - 1) * trace, count**2 * sq_norm_of_mean)
 
 
-def group_moments(loss: StepLoss, batch: Any, total: int, *, seed: int | None = None) -> GradientMoments:
+def group_moments(
+    loss: StepLoss, batch: Any, total: int, groups: int | None = None, *, seed: int | None = None
+) -> GradientMoments:
     """Return moments between groups of a batch, each of which the step runs on by itself, at the same weights.
-
-    There are up to four groups, of at least eight examples where the batch has sixteen.
 
     Args:
         loss: the step's loss, a mean over the batch.
         batch: a batch of ``total`` examples.
         total: the number of examples.
+        groups: how many groups at most; none is smaller than two examples. None: up to four, of at least eight
+            examples where the batch has sixteen.
         seed: of the noise in the step. None: the present random state.
 
     Raises:
         MeasurementError: there are fewer than four examples, or a loss or gradient is not finite.
     """
-    groups = max(2, min(_MOST_GROUPS, total // _SMALLEST_GROUP))
-    if total < 4:
+    wanted = max(2, min(_MOST_GROUPS, total // _SMALLEST_GROUP)) if groups is None else groups
+    groups = min(wanted, total // 2)
+    if groups < 2:
         raise MeasurementError(f"A batch of {total} examples does not make two groups of two.", lasting=True)
     sums, mean = GroupSums(), torch.zeros(())
     with measuring(loss.module, seed):

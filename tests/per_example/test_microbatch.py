@@ -138,7 +138,7 @@ def assert_moments(moments, expected, rel=1e-10):
 
 @pytest.mark.parametrize(
     ("total", "asked", "made"),
-    [(24, None, 8), (16, None, 8), (13, None, 6), (4, None, 2), (20, 3, 3), (6, 8, 3), (5, 2, 2), (19, 8, 8)],
+    [(64, None, 4), (24, None, 3), (16, None, 2), (13, None, 2), (4, None, 2), (20, 3, 3), (6, 8, 3), (5, 2, 2), (19, 8, 8)],
 )
 def test_a_batch_is_split_into_groups_of_at_least_two(total, asked, made):
     module, batch = Case(MLP).build(total)
@@ -210,7 +210,7 @@ def test_complex_parameters_count_with_their_modulus():
 
 def test_low_precision_gradients_are_added_up_in_single_precision():
     module, batch = Case(MLP).build(64, torch.bfloat16)
-    moments = group_moments(StepLoss(module), batch, 64)
+    moments = group_moments(StepLoss(module), batch, 64, 8)
     gradients, sizes = reference(module, batch, 64, 8)
     assert_moments(moments, closed_form(gradients.double(), sizes), rel=1e-5)
 
