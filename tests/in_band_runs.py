@@ -5,6 +5,7 @@ Run as `python -m tests.in_band_runs FOLDER`; test_in_band_ddp.py reads the fold
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_graddiv.per_example.in_band import GroupStep
 from tests.audit import quiet_trainer
 from tests.in_band import Collector, Convolutional, Step, Witness, signals
 
@@ -51,6 +53,12 @@ def run(module, strategy="ddp", **kwargs):
         "steps": [vars(step) for step in module.steps],
         "engine": monitor._measurer.engine,
     }
+
+
+def quietly(run, *args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return run(*args)
 
 
 def uneven(rank):
@@ -130,8 +138,6 @@ def fsdp2_uncovered(rank):
             net.body[1] = nn.BatchNorm1d(8)
             return net
 
-    import warnings
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = run(Normalized(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
@@ -142,11 +148,7 @@ def contrastive(rank):
     def loss(net, batch):
         return F.cross_entropy(net(batch[0]) @ batch[1].T, torch.arange(len(batch[0])))
 
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return run(OwnShard(loss=loss))
+    return quietly(run, OwnShard(loss=loss))
 
 
 def known_truth(rank):
@@ -170,7 +172,44 @@ def known_truth(rank):
     return {"probes": result["probes"]}
 
 
+def changed_by_one(rank):
+    """One process alone changes its gradient: what is decided about that, all of them must decide."""
+
+    class Noisy(OwnShard):
+        def on_after_backward(self):
+            if self.global_rank == 1:
+                for parameter in self.parameters():
+                    parameter.grad.add_(1.0)
+
+    return quietly(run, Noisy())
+
+
+def fails_on_one(rank):
+    """An error of ours on one process, while two consecutive steps are compared."""
+
+    class Gathers(OwnShard):
+        def training_step(self, batch, batch_idx):
+            everybody = self.all_gather(batch[0])
+            return F.mse_loss(self.net(batch[0] - everybody.mean((0, 1)) / 2), batch[1])
+
+    original, calls = GroupStep.backward, []
+
+    def fails(self, scale):
+        calls.append(1)
+        if rank == 1 and len(calls) == 1:
+            raise RuntimeError("once")
+        original(self, scale)
+
+    GroupStep.backward = fails
+    try:
+        return quietly(run, Gathers((4, 4)))
+    finally:
+        GroupStep.backward = original
+
+
 RUNS = (
+    changed_by_one,
+    fails_on_one,
     uneven,
     accumulated,
     unused,

@@ -122,3 +122,16 @@ def test_batch_normalisation_over_sharded_parameters_is_refused(runs):
     for result in runs(in_band_runs.fsdp2_uncovered):
         assert result["probes"] == []
         assert "mixes the examples of a batch, and the parameters are sharded" in result["said"][0]
+
+
+def test_what_one_process_does_to_its_gradient_both_refuse(runs):
+    for result in runs(in_band_runs.changed_by_one):
+        assert result["probes"] == []
+        assert len(result["steps"]) == 6
+
+
+def test_an_error_on_one_process_costs_one_measurement_on_both(runs):
+    first, second = runs(in_band_runs.fails_on_one)
+    assert first["probes"] == second["probes"]
+    assert len(first["probes"]) == 2
+    assert len(first["steps"]) == 6

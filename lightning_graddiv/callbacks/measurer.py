@@ -1,16 +1,16 @@
 """Who measures the next step: the engines in their order, armed for one optimizer step at a time."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_graddiv.batching.loops import single_train_loader
 from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
+from lightning_graddiv.callbacks.eager import ForcedEager
 from lightning_graddiv.callbacks.outcome import (
     MIN_COVERAGE,
     AppliedGroups,
@@ -29,6 +29,7 @@ from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.ghost_engine import GhostEngine
 from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, InBandStep
 from lightning_graddiv.per_example.select import PerExampleEngine
+from lightning_graddiv.per_example.separability import EXAMPLES_TRIED
 
 _ORDER = {
     "auto": ("ghost", "replay", "microbatch"),
@@ -45,6 +46,9 @@ _SAID = {
     "groups of a micro-batch, or of consecutive steps",
 }
 
+
+_MOST_SURPRISES = 3
+"""Measurements in a row in which a step did other than was proven right before it."""
 
 _NOTHING_COVERED = MeasurementError("no layer with a rule holds its parameters.", lasting=True)
 
@@ -69,6 +73,9 @@ class StepMeasurer:
         self._has_said_what = False
         self._couples_ranks = False
         self._regroups = False
+        self._basis = 0
+        self._successes = 0
+        self._uncovered_in_a_row = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -78,7 +85,7 @@ class StepMeasurer:
         self._parameters: list[nn.Parameter] = []
         self._earlier: list[AppliedGroups] = []
         self._stopwatch = Stopwatch()
-        self._stance: Any = None
+        self._eager = ForcedEager()
         self._error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,12 +119,11 @@ class StepMeasurer:
         self.close()
         self._on_outcome = on_outcome
         self._stopwatch = stopwatch
-        if "torch._dynamo" in sys.modules:  # compiled code would not call hooks that came later
-            self._stance = torch.compiler.set_stance("force_eager")
 
     def micro_batch(self, trainer: Any, module: Any, batch_idx: int) -> None:
         """Watch the micro-batch that is about to be trained on."""
         self._disarm()
+        self._eager.start()
 
         def look(args: tuple[Any, ...]) -> None:
             self._tap = None
@@ -125,6 +131,16 @@ class StepMeasurer:
                 self._on_step(trainer, module, args, batch_idx)
 
         self._tap = TrainingStepTap(trainer.strategy, look)
+
+    def before_backward(self, trainer: Any, loss: Tensor) -> None:
+        """Look at a loss that is about to be differentiated."""
+        if self._step is None or self._error is not None:
+            return
+        with self._stopwatch.measuring(trainer.strategy.root_device):
+            try:
+                self._step.look_at(loss)
+            except Exception as error:  # measuring must never end a training run
+                self._error = error
 
     def after_backward(self, trainer: Any) -> None:
         """Take in what a backward pass showed."""
@@ -144,18 +160,24 @@ class StepMeasurer:
 
     def _compare(self, step: InBandStep | None, world_size: int, device: torch.device) -> None:
         if isinstance(step, GhostStep):
-            outcome, rest_is_good = ghost_outcome(step, self._parameters, self._error, device)
-            if not rest_is_good:
+            outcome = ghost_outcome(step, self._parameters, self._error, device)
+            if outcome.leaves_out_rest:
                 self._leave_out(step, outcome.coverage)
-            self._ghost.settle(is_good=outcome.moments is not None)
+            self._ghost.settle(is_good=outcome.moments is not None and outcome.moments.count >= 2)
+            self._uncovered_in_a_row = self._uncovered_in_a_row + 1 if outcome.is_uncovered else 0
+            if self._uncovered_in_a_row == _MOST_SURPRISES:
+                outcome = replace(outcome, is_lasting=True)
             self._end(outcome)
         elif isinstance(step, GroupStep):
+            groups = groups_applied(step, self._parameters, self._error, device, whole=self._couples_ranks)
             step.close()
-            groups, self._error = groups_applied(step, self._parameters, self._error, whole=self._couples_ranks)
-            if not self._earlier and (self._couples_ranks or world_size * len(groups.groups) == 1):
+            if isinstance(groups, Outcome):
+                self._end(groups)
+            elif not self._earlier and (self._couples_ranks or world_size * len(groups.groups) == 1):
                 self._earlier, self._step = [groups], None  # the next step makes the second group
-                return
-            self._end(group_outcome([*self._earlier, groups], self._error, device, whole=self._couples_ranks))
+                self._eager.stop()
+            else:
+                self._end(group_outcome([*self._earlier, groups], device, whole=self._couples_ranks))
 
     def close(self) -> None:
         """End what is going on and remove every hook; may be called more than once."""
@@ -163,8 +185,7 @@ class StepMeasurer:
         if self._step is not None:
             self._step.close()
             self._stopwatch.add(self._step.seconds)
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
+        self._eager.stop()
         self._reset()
 
     def _disarm(self) -> None:
@@ -175,17 +196,19 @@ class StepMeasurer:
     def _end(self, outcome: Outcome, *, may_fall_back: bool = True) -> None:
         on_outcome, may_fall_back = self._on_outcome, may_fall_back and not self._is_sharded()
         self._attempts += 1
+        self._successes += outcome.moments is not None
         self.close()
         if outcome.is_lasting and may_fall_back and self._falls_back_to(self._engines[1:], outcome.refusal):
             outcome = replace(outcome, is_retried=True)
         if on_outcome is not None:
-            on_outcome(outcome)
+            on_outcome(replace(outcome, basis=self._basis))
 
     def _falls_back_to(self, engines: Sequence[str], reason: Exception | None) -> bool:
         """Go on with the next engine, if there is one, and say so."""
         if not engines:
             return False
         before, self._engines = self.engine, list(engines)
+        self._basis += self._successes > 0
         say = rank_zero_info if reason is _NOTHING_COVERED else rank_zero_warn  # that is a choice, not a failure
         say(
             f"{self._callback}: the engine `{before}` cannot measure this model: "
@@ -224,7 +247,7 @@ class StepMeasurer:
 
     def _begun(self, trainer: Any) -> InBandStep:
         if self.engine == "microbatch":
-            return GroupStep(self._parameters)
+            return GroupStep(self._parameters, seed=self._attempts)
         return self._ghost.step(
             self._parameters,
             compares_processes=trainer.world_size > 1 and not self._is_sharded(),
@@ -234,18 +257,29 @@ class StepMeasurer:
 
     def _is_proven(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> bool:
         """Prove on every process what the rules cover, where that is due; tell whether measuring goes on."""
-        if not self._ghost.is_check_due(self._parameters):
+        device = trainer.strategy.root_device
+        is_due = self._ghost.is_check_due(module, self._parameters)
+        if smallest_over_ranks([float(not is_due)], device)[0] > 0:  # none of the processes wants to
             return True
         mask, error = self._proof(trainer, module, args)
         is_lasting = isinstance(error, MeasurementError) and error.lasting
         is_apart = not isinstance(error, CouplingError)
         regroups = is_lasting and would_regroup(self._seen(trainer, module, args))
-        numbers = [float(flag) for flag in (error is None, not is_lasting, is_apart, regroups)] + mask
-        agreed = smallest_over_ranks(numbers, trainer.strategy.root_device)
-        is_good, is_passing, is_apart, regroups, mask = *(flag > 0 for flag in agreed[:4]), agreed[4:]
+        is_whole = self._is_full_enough(trainer, args)
+        numbers = [float(flag) for flag in (error is None, not is_lasting, is_apart, regroups, is_whole)] + mask
+        agreed = smallest_over_ranks(numbers, device)
+        is_good, is_passing, is_apart, regroups, is_whole = (flag > 0 for flag in agreed[:5])
+        mask = agreed[5:]
+        if not is_whole:  # a last batch proves too little: the next step is due
+            is_last = drawn_batch_size(single_train_loader(trainer)) is not None
+            refusal = None if is_last else MeasurementError("The batch holds one example: it proves nothing.")
+            self._end(Outcome(None, refusal=refusal, is_retried=is_last), may_fall_back=False)
+            return False
         self._couples_ranks, self._regroups = not is_apart, regroups
         if is_good and any(mask):
-            self._ghost.adopt(mask, self._parameters)
+            before = self._ghost.covered
+            self._ghost.adopt(mask, module, self._parameters)
+            self._basis += bool(before) and before != self._ghost.covered
             self._say_what(module)
             return True
         self._ghost.settle(is_good=False)
@@ -257,6 +291,14 @@ class StepMeasurer:
             return True
         self._end(Outcome(None, refusal=error, is_lasting=is_good or not is_passing), may_fall_back=False)
         return False
+
+    def _is_full_enough(self, trainer: Any, args: tuple[Any, ...]) -> bool:
+        """Tell whether a batch has as many examples as a proof looks at, or as the loader draws at most."""
+        try:
+            seen = self._seen(trainer, None, args)
+            return seen.count() >= (2 if seen.at_most is None else min(EXAMPLES_TRIED, seen.at_most))
+        except MeasurementError:
+            return True  # which is refused for better reasons
 
     def _proof(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> tuple[list[float], Exception | None]:
         nothing = [0.0] * len(self._parameters)

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_graddiv.batching.dataset_size import distinct_examples
@@ -114,6 +115,7 @@ class GradientDiversityMonitor(Callback):
         self._measurer = StepMeasurer(self.engine, self.max_examples, type(self).__name__)
         self._measured: GradientMoments | None = None
         self._coverage = 1.0
+        self._basis = 0
         self._opened_step = 0
         self._opened_learning_rate = 0.0
         self._stepped = False
@@ -190,6 +192,10 @@ class GradientDiversityMonitor(Callback):
         return begins
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._measurer.before_backward(trainer, loss)
+
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measurer.after_backward(trainer)
 
@@ -250,8 +256,11 @@ class GradientDiversityMonitor(Callback):
         if moments is not None and moments.count < 2 and drawn_batch_size(single_train_loader(trainer)) != 1:
             return  # a last batch of one example holds no pairs: the next is due
         self._refusals.count(lasting=outcome.is_lasting and not outcome.is_retried)
+        if outcome.basis != self._basis:  # what was measured before it may have been wrong, or something else
+            self._basis = outcome.basis
+            self._window.clear()
         if outcome.is_retried:
-            return  # the next step is due, with another engine
+            return  # the next step is due
         self._is_due = False
         if moments is not None and moments.count < 2:
             moments, refusal = None, MeasurementError("The batch holds one example, and diversity is about pairs.")

@@ -1,20 +1,20 @@
 """From what each process saw of a step to the moments of all: the few numbers that cross processes."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_graddiv.contributions import ContributionSums
-from lightning_graddiv.distributed import pool_over_ranks, summed_over_ranks, world_size
+from lightning_graddiv.distributed import pool_over_ranks, smallest_over_ranks, summed_over_ranks, world_size
 from lightning_graddiv.diversity import GradientMoments, GradientSums
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.ghost import is_sharded
-from lightning_graddiv.per_example.in_band import GhostStep, GroupStep
+from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, UncoveredError
 from lightning_graddiv.per_example.microbatch import GroupSums
-from lightning_graddiv.per_example.norms import sum_of_squares
+from lightning_graddiv.per_example.norms import real_view, sum_of_squares
 
 MIN_COVERAGE = 0.9
 """Of |gradient|^2; below it, what is measured says too little about the whole."""
@@ -32,7 +32,10 @@ class Outcome:
         coverage: share of |gradient|^2 in the parameters that were measured.
         refusal: why it was dropped; None where another process has the reason.
         is_lasting: whether it would be dropped again.
-        is_retried: whether another engine takes over, which has been said.
+        is_retried: whether the next step is due at once: another engine takes over, or the batch was too small.
+        is_uncovered: whether parameters were used in a way that was not proven.
+        leaves_out_rest: whether the parameters that are not covered could not be measured, for a lasting reason.
+        basis: changes whenever what is measured does: probes of another basis are not to be pooled with this one.
     """
 
     moments: GradientMoments | None
@@ -40,6 +43,9 @@ class Outcome:
     refusal: Exception | None = None
     is_lasting: bool = False
     is_retried: bool = False
+    is_uncovered: bool = False
+    leaves_out_rest: bool = False
+    basis: int = 0
 
 
 def replay_outcome(sums: GradientSums | None, refusal: Exception | None, device: torch.device) -> Outcome:
@@ -54,33 +60,32 @@ def replay_outcome(sums: GradientSums | None, refusal: Exception | None, device:
 
 def ghost_outcome(
     step: GhostStep, parameters: Sequence[nn.Parameter], error: Exception | None, device: torch.device
-) -> tuple[Outcome, bool]:
-    """Return the outcome of a step measured in-band, and whether the rest could be measured too."""
+) -> Outcome:
+    """Return the outcome of a step measured in-band."""
     world = world_size()
     numbers, applied, error = _seen(step, parameters, error)
-    failed, lasting, rest_failed, no_groups, *summed = summed_over_ranks(numbers, device)
+    failed, lasting, uncovered, rest_failed, rest_lasting, no_groups, *summed = summed_over_ranks(numbers, device)
     if failed > 0:
-        return Outcome(None, refusal=error, is_lasting=lasting > 0), True
-    s1, rest_s1, weights, sq_weights, group_weights, local, covered_norm, whole_norm, *local_projections = summed
+        return Outcome(None, refusal=error, is_lasting=lasting > 0, is_uncovered=uncovered > 0)
+    if rest_failed > rest_lasting:  # it may work the next time
+        return Outcome(None, refusal=step.rest_error)
+    s1, rest_s1, weights, sq_weights, group_weights, local, covered_norm, whole_norm, *projections = summed
     measures_rest = step.measures_rest and rest_failed == 0
     coverage = 1.0 if measures_rest or whole_norm == 0 else covered_norm / whole_norm
     s1, s2 = (s1 + rest_s1, whole_norm) if measures_rest else (s1, covered_norm)
+    if not _is_what_was_seen(applied, projections, (s1 + rest_s1) / world**2 + whole_norm, device):
+        return Outcome(None, refusal=_changed(s1, s2))
+    if coverage < MIN_COVERAGE:
+        return Outcome(None, coverage, _uncovered(step, coverage), is_lasting=True)
     contributions = ContributionSums(
         s1 / world**2,
         s2,
         weights / world,
         sq_weights / world**2,
-        local / world**2 if world > 1 and no_groups == 0 and coverage == 1 and not step.measures_rest else None,
+        local / world**2 if world > 1 and no_groups == 0 else None,
         group_weights / world**2,
     )
-    if applied is not None:
-        expected = torch.tensor(local_projections, dtype=torch.float64) / world
-        allowed = _SAME_GRADIENT * (contributions.sum_sq_norms + s2) ** 0.5
-        if not float((applied - expected).abs().max()) <= allowed:
-            return Outcome(None, refusal=_changed(s1, s2), is_lasting=False), not rest_failed
-    if coverage < MIN_COVERAGE:
-        return Outcome(None, coverage, _uncovered(step, coverage), is_lasting=True), not rest_failed
-    return _moments_of(contributions, coverage), not rest_failed
+    return replace(_moments_of(contributions, coverage), leaves_out_rest=rest_failed > 0)
 
 
 def _seen(
@@ -100,7 +105,9 @@ def _seen(
     numbers = [
         float(error is not None),
         float(isinstance(error, MeasurementError) and error.lasting),
+        float(isinstance(error, UncoveredError)),
         float(step.rest_error is not None),
+        float(step.rest_error is not None and step.rest_error.lasting),
         float(step.local_sq_norm is None),
         sums.sum_sq_norms,
         sums.rest_sq_norms,
@@ -113,6 +120,22 @@ def _seen(
         *step.projections.tolist(),
     ]
     return numbers, applied, error
+
+
+def _is_what_was_seen(applied: Tensor | None, local: Sequence[float], scale: float, device: torch.device) -> bool:
+    """Compare the applied gradient with the mean of what the processes' backward passes gave; all processes agree.
+
+    Args:
+        applied: its projections; None where no process holds it whole.
+        local: the projections of the processes' own gradients, summed over them.
+        scale: a squared norm that rounding errors are small against.
+        device: of collectives.
+    """
+    is_same = True
+    if applied is not None:
+        expected = torch.tensor(local, dtype=torch.float64) / world_size()
+        is_same = float((applied - expected).abs().max()) <= _SAME_GRADIENT * scale**0.5
+    return smallest_over_ranks([float(is_same)], device)[0] > 0
 
 
 @dataclass(frozen=True)
@@ -129,45 +152,53 @@ class AppliedGroups:
 
 
 def groups_applied(
-    step: GroupStep, parameters: Sequence[nn.Parameter], error: Exception | None, *, whole: bool
-) -> tuple[AppliedGroups, Exception | None]:
-    """Return a step's groups once the gradient that is about to be applied is complete, and what went wrong.
+    step: GroupStep, parameters: Sequence[nn.Parameter], error: Exception | None, device: torch.device, *, whole: bool
+) -> AppliedGroups | Outcome:
+    """Return a step's groups once the gradient that is about to be applied is complete, or why there are none.
 
     Args:
         step: what was seen.
         parameters: all that are measured.
         error: what went wrong before.
+        device: of collectives.
         whole: whether the step's whole batch is one group, because its processes are coupled.
     """
+    mean, sq_norm, applied = torch.zeros(1), 0.0, None
     try:
         scale = step.divisor / max(1, len(step.groups))  # a last window may hold fewer micro-batches than the divisor
         dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = [(g.to_dense() if g.is_sparse else g).detach().flatten() for g in dense]
-        mean = torch.cat(flat).float().mul_(scale)
-        groups = list(step.groups)
-        if whole:
-            groups = [(float(sum_of_squares([mean])), world_size() * sum(examples for _, examples in groups))]
-        return AppliedGroups(groups, mean), error
+        mean = torch.cat([real_view(gradient).flatten() for gradient in flat]).float().mul_(scale)
+        sq_norm, applied = float(sum_of_squares([mean])), step.applied_projections()
+        if not step.groups:
+            error = error or MeasurementError("The step had no backward pass.")
     except Exception as unexpected:  # measuring must never end a training run
-        return AppliedGroups([], torch.zeros(1)), error or unexpected
+        error = error or unexpected
+    is_lasting = isinstance(error, MeasurementError) and error.lasting
+    own = sum(sq_norm for sq_norm, _ in step.groups)
+    numbers = [float(error is not None), float(is_lasting), own, sq_norm, *step.projections.tolist()]
+    failed, lasting, norms, squared, *projections = summed_over_ranks(numbers, device)
+    if failed > 0:
+        return Outcome(None, refusal=error, is_lasting=lasting > 0)
+    if not _is_what_was_seen(applied, projections, norms + squared, device):
+        return Outcome(None, refusal=_changed(norms, squared))
+    groups = list(step.groups)
+    if whole:
+        groups = [(sq_norm, world_size() * sum(examples for _, examples in groups))]
+    return AppliedGroups(groups, mean)
 
 
-def group_outcome(
-    steps: Sequence[AppliedGroups], error: Exception | None, device: torch.device, *, whole: bool
-) -> Outcome:
+def group_outcome(steps: Sequence[AppliedGroups], device: torch.device, *, whole: bool) -> Outcome:
     """Return the outcome of comparing groups: of one step on all processes, or of two consecutive steps."""
     groups = [group for step in steps for group in step.groups]
     processes = 1 if whole else world_size()
     sums = GroupSums()
     for sq_norm, examples in groups:
         sums += GroupSums.of_group(sq_norm, examples, 1 / (processes * len(groups)))
-    is_lasting = isinstance(error, MeasurementError) and error.lasting
-    failed, lasting, *pooled = summed_over_ranks([float(error is not None), float(is_lasting), *astuple(sums)], device)
-    if failed > 0:
-        return Outcome(None, refusal=error, is_lasting=lasting > 0)
+    pooled = GroupSums(*summed_over_ranks(astuple(sums), device))
     mean = torch.stack([step.mean_gradient for step in steps]).mean(0)
     try:
-        return Outcome((sums if whole else GroupSums(*pooled)).moments(float(sum_of_squares([mean]))))
+        return Outcome((sums if whole else pooled).moments(float(sum_of_squares([mean]))))
     except (MeasurementError, ValueError) as refusal:
         return Outcome(None, refusal=refusal)
 
@@ -191,8 +222,10 @@ def _part(gradient: Any) -> Tensor:
 
 
 def _moments_of(contributions: ContributionSums, coverage: float) -> Outcome:
+    if contributions.count == 0:
+        return Outcome(None, refusal=MeasurementError("The step had no backward pass."))
     try:
-        return Outcome(contributions.moments() if contributions.count > 0 else None, coverage)
+        return Outcome(contributions.moments(), coverage)
     except ValueError as error:
         return Outcome(None, refusal=MeasurementError(f"The step's gradients are not finite ({error})."))
 

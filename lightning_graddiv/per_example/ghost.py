@@ -8,9 +8,11 @@ a use of the parameter that no layer accounts for is noticed in the very step th
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,22 @@ Layouts = Mapping[tuple[int, int], Layout]
 _ROUNDING = {16: (5e-2, 1e-5), 32: (2e-4, 1e-6), 64: (1e-8, 1e-12)}
 """By the bits of the numbers: how far a gradient may be from what its examples add up to, as a share of their norm, and
 of the norm of all parameters."""
+
+
+_ATTACHED: "WeakSet[GhostRecorder]" = WeakSet()
+
+
+@contextmanager
+def recorders_paused() -> Iterator[None]:
+    """Let recorders of a training step sleep while a copy of its module runs, to which their hooks were copied too."""
+    paused = [recorder for recorder in _ATTACHED if not recorder.is_paused]
+    for recorder in paused:
+        recorder.is_paused = True
+    try:
+        yield
+    finally:
+        for recorder in paused:
+            recorder.is_paused = False
 
 
 class GhostRecorder:
@@ -57,6 +75,7 @@ class GhostRecorder:
     ) -> None:
         self.uses: list[Use] = []
         self.seconds = 0.0
+        self.is_paused = False
         self._parameters = list(parameters)
         self._layouts = layouts
         self._shared = shared
@@ -78,6 +97,7 @@ class GhostRecorder:
         self._local: dict[int, Tensor] = {}
         self._misses: dict[int, str] = {}
         self._digits = 64
+        self._came_in_parts = False
         self._error: Exception | None = None
 
     def __enter__(self) -> "GhostRecorder":
@@ -96,6 +116,7 @@ class GhostRecorder:
             stand_ins: the tensors that stand in for the parameters in ``module``. None: the parameters themselves.
         """
         self.detach()  # from what ran before, if anything did
+        _ATTACHED.add(self)
         tensors = self._parameters if stand_ins is None else stand_ins
         indices = {id(tensor): index for index, tensor in enumerate(tensors) if index in self._measured}
         for layer in module.modules():
@@ -104,8 +125,8 @@ class GhostRecorder:
             kind = layer_type(layer) if held else None
             if kind is not None:
                 self._attach_layer(layer, kind, held)
-        for index, tensor in enumerate(tensors):
-            if index in self._measured and tensor.requires_grad and not is_sharded(tensor):
+        for index, tensor in enumerate(tensors):  # of all: what is applied must be what all of them received
+            if tensor.requires_grad and not is_sharded(tensor):
                 self._handles.append(tensor.register_hook(self._gradient_hook(index)))
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
@@ -128,6 +149,7 @@ class GhostRecorder:
 
     def detach(self) -> None:
         """Remove every hook and let go of every tensor; may be called more than once."""
+        _ATTACHED.discard(self)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -153,7 +175,8 @@ class GhostRecorder:
             {i: norms for i, (norms, _) in self._found.items()},
             dict(self._misses),
             sum((wanted.cpu() for wanted, _ in self._gradients.values()), torch.zeros(4, dtype=torch.float64)),
-            self._local_sq_norm(),
+            None if self._came_in_parts else float(sum(norm.cpu() for _, norm in self._gradients.values())),
+            {index: float(norm) for index, norm in self._local.items()} if self._keeps_local else None,
         )
         self._compare(recorded)
         self._clear()
@@ -165,7 +188,7 @@ class GhostRecorder:
 
     def _guarded(self, record: Callable[[], None]) -> None:
         """Run our part of a training step: it must not end the step."""
-        if self._error is not None:
+        if self._error is not None or self.is_paused:
             return
         start = time.perf_counter()
         try:
@@ -258,31 +281,26 @@ class GhostRecorder:
     def _on_parameter(self, index: int, gradient: Tensor) -> None:
         if gradient.is_complex():
             self._misses[index] = "it is complex"
+            self._gradients[index] = torch.zeros(4, dtype=torch.float64), sum_of_squares([gradient])
             return
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         projected, sq_norm = self._probe(index).of(dense), sum_of_squares([dense])
         if index in self._gradients:  # a re-entrant checkpoint runs a backward pass of its own
+            self._came_in_parts = True
             before_it, norm_before = self._gradients[index]
             projected, sq_norm = before_it + projected, norm_before + sq_norm
         self._gradients[index] = projected, sq_norm
         if self._keeps_local:
             before = self._parameters[index].grad
-            so_far = dense if before is None else before.detach() + dense
+            so_far = dense if before is None else dense + before.detach()
             self._local[index] = sum_of_squares([so_far])
 
-    def _local_sq_norm(self) -> float | None:
-        if not self._keeps_local or any(
-            self._parameters[index].grad is not None for index in self._measured - self._local.keys()
-        ):
-            return None  # a parameter that this pass did not reach holds a gradient that may be everybody's
-        return float(torch.stack(list(self._local.values())).sum()) if self._local else 0.0
-
-    def projected(self, gradients: Sequence[Tensor | None], indices: Sequence[int]) -> Tensor:
-        """Return the projections of these parameters' gradients together, shape (4,), float64."""
+    def projected(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return the projections of all parameters' gradients together, shape (4,), float64."""
         found = (
             self._probe(index).of(gradient.to_dense() if gradient.is_sparse else gradient).cpu()
-            for index, gradient in zip(indices, gradients, strict=True)
-            if gradient is not None
+            for index, gradient in enumerate(gradients)
+            if gradient is not None and not gradient.is_complex()
         )
         return sum(found, torch.zeros(4, dtype=torch.float64))
 
@@ -295,7 +313,7 @@ class GhostRecorder:
     def _compare(self, recorded: Recorded) -> None:
         """Compare, parameter by parameter, what the examples add up to with the gradient."""
         zeros = torch.zeros(4, dtype=torch.float64)
-        indices = sorted(self._found.keys() | self._gradients.keys())
+        indices = sorted((self._found.keys() | self._gradients.keys()) & self._measured)
         if not indices:
             return
         rows = []

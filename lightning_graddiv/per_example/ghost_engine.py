@@ -1,11 +1,12 @@
 """What is proven about a module's parameters, from one measured step to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.fingerprint import KnownGraphs, modes_of
 from lightning_graddiv.per_example.in_band import GhostStep
 from lightning_graddiv.per_example.layers import layer_type, mixes_examples
 from lightning_graddiv.per_example.losses import StepLoss, measuring
@@ -32,14 +33,17 @@ class GhostEngine:
         self._measured = 0
         self._is_trusted = False
         self._known: list[int] = []
+        self._modes: Hashable = None
+        self._graphs = KnownGraphs()
+        self._is_just_checked = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Forget which objects the parameters were: a copy has others."""
         return {**self.__dict__, "_known": []}
 
-    def is_check_due(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def is_check_due(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
         """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`."""
-        is_known = self._known == [id(parameter) for parameter in parameters]
+        is_known = self._known == [id(parameter) for parameter in parameters] and self._modes == modes_of(module)
         return not self._is_trusted or not is_known or is_check_due(self._measured)
 
     def check(self, loss: StepLoss, batch: Any, total: int, *, seed: int) -> list[float]:
@@ -77,13 +81,16 @@ class GhostEngine:
         self._plan, self._rest = GhostPlan(misses=misses, assumed=True), None
         return mask
 
-    def adopt(self, mask: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
+    def adopt(self, mask: Sequence[float], module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Take over what is proven on every process."""
+        covered, modes = [index for index, is_proven in enumerate(mask) if is_proven], modes_of(module)
+        if (covered, modes) != (self.covered, self._modes):
+            self._graphs.clear()
+        self.covered, self._modes, self._is_just_checked = covered, modes, True
         self.misses = dict(self._plan.misses)
         for index, is_proven in enumerate(mask):
             if not is_proven:
                 self.misses.setdefault(index, "another process cannot measure it so")
-        self.covered = [index for index, is_proven in enumerate(mask) if is_proven]
         self._known = [id(parameter) for parameter in parameters]
         self._is_trusted = True
 
@@ -91,6 +98,7 @@ class GhostEngine:
         self, parameters: Sequence[nn.Parameter], *, compares_processes: bool, seed: int, noise_seed: int
     ) -> GhostStep:
         """Begin the measurement of a step."""
+        is_just_checked, self._is_just_checked = self._is_just_checked, False
         return GhostStep(
             parameters,
             self._plan,
@@ -99,6 +107,8 @@ class GhostEngine:
             compares_processes=compares_processes,
             seed=seed,
             noise_seed=noise_seed,
+            graphs=self._graphs,
+            is_just_checked=is_just_checked,
         )
 
     def leave_out_the_rest(self) -> None:

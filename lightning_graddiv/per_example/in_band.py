@@ -5,7 +5,6 @@ divisor that stands before a micro-batch's loss and m its examples, a process se
 for a sum; the mean over the processes is taken later.
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.fingerprint import KnownGraphs
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.losses import StepLoss
-from lightning_graddiv.per_example.norms import sum_of_squares
 from lightning_graddiv.per_example.proof import GhostPlan
 from lightning_graddiv.per_example.select import PerExampleEngine
 
@@ -63,6 +62,13 @@ class InBandStep(ABC):
     def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
         """Get ready for the forward and backward pass of a micro-batch."""
 
+    def look_at(self, loss: Tensor) -> None:  # noqa: B027 - most have nothing to look at
+        """Look at the loss of a micro-batch before its backward pass.
+
+        Raises:
+            UncoveredError: it is not computed as when that was last checked.
+        """
+
     @abstractmethod
     def backward(self, scale: float) -> None:
         """Take in what the backward pass showed.
@@ -90,6 +96,8 @@ class GhostStep(InBandStep):
         compares_processes: whether this process's own gradient is asked for.
         seed: of random directions, the same on every process.
         noise_seed: of the rest's noise, another on every process.
+        graphs: of the steps that were checked.
+        is_just_checked: whether this step's first micro-batch was.
 
     Attributes:
         covered: see above.
@@ -109,7 +117,11 @@ class GhostStep(InBandStep):
         compares_processes: bool,
         seed: int,
         noise_seed: int,
+        graphs: KnownGraphs,
+        is_just_checked: bool,
     ) -> None:
+        self._graphs = graphs
+        self._is_just_checked = is_just_checked
         self.covered = list(covered)
         self.sums = StepSums()
         self.local_sq_norm: float | None = None
@@ -132,6 +144,7 @@ class GhostStep(InBandStep):
         )
         self._is_attached = False
         self._weight = 0.0
+        self._pending_sq_norms = 0.0  # until the backward pass shows that the micro-batch is trained on
 
     @property
     @override
@@ -162,8 +175,15 @@ class GhostStep(InBandStep):
         except MeasurementError as error:
             self.rest_error = error
             return
-        sq_norms = float(measured.sq_norms.sum())
-        self.sums = replace(self.sums, rest_sq_norms=self.sums.rest_sq_norms + self._weight**2 * sq_norms)
+        self._pending_sq_norms = self._weight**2 * float(measured.sq_norms.sum())
+
+    @override
+    def look_at(self, loss: Tensor) -> None:
+        if self._is_just_checked:
+            self._graphs.add(loss)
+            self._is_just_checked = False
+        elif not self._graphs.knows(loss):
+            raise UncoveredError({0: "training_step computes something else"})
 
     @override
     def backward(self, scale: float) -> None:
@@ -176,12 +196,20 @@ class GhostStep(InBandStep):
         self.sums = replace(
             sums,
             sum_sq_norms=sums.sum_sq_norms + float(recorded.total(self.covered).sum()) / scale**2,
+            rest_sq_norms=sums.rest_sq_norms + self._pending_sq_norms,
             sum_weights=sums.sum_weights + self._weight * examples,
             sum_sq_weights=sums.sum_sq_weights + self._weight**2 * examples,
         )
         self.projections += recorded.projections / scale
-        self.local_sq_norm = None if recorded.local_sq_norm is None else recorded.local_sq_norm / scale**2
+        self.local_sq_norm = self._local_sq_norm(recorded.local_sq_norms, scale)
         self._reached |= recorded.sq_norms.keys()
+        self._pending_sq_norms = 0.0
+
+    def _local_sq_norm(self, found: dict[int, float] | None, scale: float) -> float | None:
+        indices = range(len(self._parameters)) if self.measures_rest else self.covered
+        if found is None or any(self._parameters[i].grad is not None for i in indices if i not in found):
+            return None  # a parameter that this pass did not reach holds a gradient that may be everybody's
+        return sum(found.get(i, 0.0) for i in indices) / scale**2
 
     def unreached(self, has_gradient: Sequence[bool]) -> MeasurementError | None:
         """Return an error for parameters that have a gradient although no layer was seen to use them."""
@@ -190,7 +218,7 @@ class GhostStep(InBandStep):
 
     def applied_projections(self) -> Tensor:
         """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
-        return self._recorder.projected([self._parameters[i].grad for i in self.covered], self.covered)
+        return self._recorder.projected([parameter.grad for parameter in self._parameters])
 
     @override
     def close(self) -> None:
@@ -205,9 +233,7 @@ class UncoveredError(MeasurementError):
     """
 
     def __init__(self, misses: dict[int, str]) -> None:
-        super().__init__(
-            "Parameters were used in another way than when that was last checked: " + next(iter(misses.values()))
-        )
+        super().__init__(f"The step is not what it was when it was last checked: {next(iter(misses.values()))}.")
         self.misses = misses
 
 
@@ -217,44 +243,51 @@ class GroupStep(InBandStep):
     Args:
         parameters: all that the optimizer holds and that require a gradient.
 
+        seed: of random directions, the same on every process.
+
     Attributes:
         groups: the squared norm of the gradient and the number of examples of each micro-batch so far.
         divisor: that stands before a micro-batch's loss.
+        projections: of this process's gradient, for a comparison with what the optimizer applies.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.seconds = 0.0
+    def __init__(self, parameters: Sequence[nn.Parameter], *, seed: int) -> None:
         self.groups: list[tuple[float, float]] = []
         self.divisor = 1
+        self.projections = torch.zeros(4, dtype=torch.float64)
+        self._recorder = GhostRecorder(parameters, {}, measured=frozenset(), seed=seed)
         self._parameters = list(parameters)
-        self._handles: list[Any] = []
-        self._sq_norms: list[Tensor] = []
         self._examples = 0
+
+    @property
+    @override
+    def seconds(self) -> float:  # type: ignore[override]
+        return self._recorder.seconds
 
     @override
     def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
         self._is_expecting = True
-        self.close()
-        self._sq_norms, self._examples, self.divisor = [], examples, divisor
-        self._handles = [p.register_hook(self._on_gradient) for p in self._parameters]
-
-    def _on_gradient(self, gradient: Tensor) -> None:
-        start = time.perf_counter()
-        dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-        self._sq_norms.append(sum_of_squares([dense.detach()]))
-        self.seconds += time.perf_counter() - start
+        self._examples, self.divisor = examples, divisor
+        self._recorder.attach(nn.Module(), self._parameters)  # to no layer: the parameters are enough
+        self._recorder.begin(examples)
 
     @override
     def backward(self, scale: float) -> None:
         self._expect_one_backward()
-        self.close()
-        if not self._sq_norms:
-            raise MeasurementError("The backward pass reached no parameter.")
-        sq_norm = float(torch.stack(self._sq_norms).sum()) * (self.divisor / scale) ** 2
-        self.groups.append((sq_norm, float(self._examples)))
+        recorded = self._recorder.finish()
+        if recorded.gradient_sq_norm is None:
+            raise MeasurementError(
+                "A re-entrant checkpoint computes a parameter's gradient in parts, whose norm is not that of the whole."
+                " Use `checkpoint(..., use_reentrant=False)`.",
+                lasting=True,
+            )
+        self.projections += recorded.projections / scale
+        self.groups.append((recorded.gradient_sq_norm * (self.divisor / scale) ** 2, float(self._examples)))
+
+    def applied_projections(self) -> Tensor:
+        """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
+        return self._recorder.projected([parameter.grad for parameter in self._parameters])
 
     @override
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._recorder.detach()

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.batches import own_copy
+from lightning_graddiv.per_example.ghost import recorders_paused
 from lightning_graddiv.per_example.guard import parameters_guarded
 from lightning_graddiv.per_example.manual import loss_of_manual_step
 from lightning_graddiv.per_example.noise import restart_noise
@@ -140,6 +141,7 @@ def measuring(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_random_states_put_back(seed))
         stack.enter_context(parameters_guarded(module))
+        stack.enter_context(recorders_paused())
         stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))

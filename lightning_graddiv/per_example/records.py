@@ -63,14 +63,17 @@ class Recorded:
         sq_norms: squared norms of the contributions, shape (n,), float64.
         misses: why a parameter is not accounted for.
         projections: of the gradient of this pass, shape (4,), float64.
-        local_sq_norm: ``|gradient so far|^2``, this pass included; None where it was not asked for or is not known.
+        gradient_sq_norm: of this pass, over all parameters; None where one of them came in parts.
+        local_sq_norms: ``|gradient so far|^2``, this pass included, of the parameters that it reached; None where not
+            asked for.
     """
 
     examples: int
     sq_norms: dict[int, Tensor]
     misses: dict[int, str]
     projections: Tensor
-    local_sq_norm: float | None
+    gradient_sq_norm: float | None
+    local_sq_norms: dict[int, float] | None
 
     def total(self, parameters: Sequence[int]) -> Tensor:
         """Return the squared norms over these parameters, shape (n,)."""

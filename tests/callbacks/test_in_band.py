@@ -345,7 +345,7 @@ class TestProtections:
             net.late = len(module.steps) > 5  # no check is due there
 
         module.on_train_batch_start = turn
-        with warned("used in another way"):
+        with warned("is not what it was when it was last checked"):
             trained(module, monitor=monitor, data=signals(64))
         assert len(monitor.probes) == 7
         for probe, step in zip(monitor.probes[:5], module.steps, strict=False):

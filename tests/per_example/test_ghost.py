@@ -46,7 +46,8 @@ def test_norms_and_nothing_missed():
             assert found.sq_norms[index][i] == pytest.approx(float(gradient.square().sum()), rel=1e-12)
     assert found.misses == {}
     assert found.total([0, 1, 2, 3]) == pytest.approx(sum(found.sq_norms.values()))
-    assert found.local_sq_norm is None
+    assert found.local_sq_norms is None
+    assert found.gradient_sq_norm == pytest.approx(float(sum(p.grad.square().sum() for p in net.parameters())))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -138,13 +139,15 @@ def test_the_gradient_so_far_is_known_before_processes_exchange_theirs():
     net, x = nn.Linear(5, 3).double(), batch()
     net(2 * x).sum().backward()
     found = recorded(net, lambda net: net(x).square().sum(), keeps_local=True)
-    assert found.local_sq_norm == pytest.approx(float(sum(p.grad.square().sum() for p in net.parameters())))
+    assert sum(found.local_sq_norms.values()) == pytest.approx(
+        float(sum(p.grad.square().sum() for p in net.parameters()))
+    )
 
 
 def test_it_is_not_known_where_a_parameter_was_not_reached():
     net, x = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)]).double(), batch()
     (net[0](x) + net[1](x)).sum().backward()
-    assert recorded(net, lambda net: net[0](x).sum(), keeps_local=True).local_sq_norm is None
+    assert set(recorded(net, lambda net: net[0](x).sum(), keeps_local=True).local_sq_norms) == {0, 1}
 
 
 def test_projections_are_those_of_the_gradient():
@@ -155,7 +158,7 @@ def test_projections_are_those_of_the_gradient():
         recorder.begin(N)
         net(x).square().sum().backward()
         found = recorder.finish()
-        applied = recorder.projected([p.grad for p in parameters], [0, 1])
+        applied = recorder.projected([p.grad for p in parameters])
     torch.testing.assert_close(found.projections, applied)
 
 

@@ -138,7 +138,17 @@ def assert_moments(moments, expected, rel=1e-10):
 
 @pytest.mark.parametrize(
     ("total", "asked", "made"),
-    [(64, None, 4), (24, None, 3), (16, None, 2), (13, None, 2), (4, None, 2), (20, 3, 3), (6, 8, 3), (5, 2, 2), (19, 8, 8)],
+    [
+        (64, None, 4),
+        (24, None, 3),
+        (16, None, 2),
+        (13, None, 2),
+        (4, None, 2),
+        (20, 3, 3),
+        (6, 8, 3),
+        (5, 2, 2),
+        (19, 8, 8),
+    ],
 )
 def test_a_batch_is_split_into_groups_of_at_least_two(total, asked, made):
     module, batch = Case(MLP).build(total)

@@ -1,0 +1,56 @@
+"""Does a training step still compute what it did when it was last checked?"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_MOST_GRAPHS = 8
+"""Beyond so many, a step that takes another way each time is told by the kinds of its operations only."""
+
+
+def modes_of(module: nn.Module) -> Hashable:
+    """Return which submodules are in training mode: batch normalisation, for one, mixes examples in that alone."""
+    return tuple(submodule.training for submodule in module.modules())
+
+
+class KnownGraphs:
+    """The autograd graphs of steps that were checked, by their operations and how often each occurs."""
+
+    def __init__(self) -> None:
+        self._closely: set[Hashable] = set()
+        self._roughly: set[Hashable] = set()
+
+    def add(self, loss: Tensor) -> None:
+        """Take a step's graph for checked."""
+        counts = _operations(loss)
+        self._closely.add(frozenset(counts.items()))
+        self._roughly.add(frozenset(counts))
+
+    def knows(self, loss: Tensor) -> bool:
+        """Tell whether a graph like this one was checked."""
+        counts = _operations(loss)
+        if len(self._closely) > _MOST_GRAPHS:
+            return frozenset(counts) in self._roughly
+        return frozenset(counts.items()) in self._closely
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._closely.clear()
+        self._roughly.clear()
+
+
+def _operations(loss: Tensor) -> Counter[str]:
+    return Counter(node.name() for node in _nodes(loss))
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting.extend(following for following, _ in node.next_functions)
