@@ -72,6 +72,19 @@ def test_with_a_gradient_scaler():
     assert found == pytest.approx(own, rel=1e-3)
 
 
+def test_the_scalers_factor_itself_costs_no_digit():
+    """The same scaler over a step in float32."""
+
+    class InFull(MixedPrecision):
+        def autocast_context_manager(self):
+            return torch.autocast("cpu", enabled=False)
+
+    module = Witness(Convolutional())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    monitor = trained(module, plugins=[InFull("16-mixed", "cpu", scaler)], accumulate_grad_batches=3)
+    assert worst_error(monitor.probes, module) < EXACT
+
+
 def test_a_step_that_the_scaler_skips_is_dropped():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     module, monitor = Witness(Convolutional()), Collector()
