@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_graddiv.per_example.in_band import GroupStep
 from tests.audit import quiet_trainer
-from tests.in_band import Collector, Convolutional, Step, Witness, signals
+from tests.in_band import Collector, Convolutional, Step, Wide, Witness, signals
 
 SHARDS = (8, 5)
 
@@ -94,7 +94,11 @@ def bucket_view(rank):
 
 
 def in_bf16(rank):
-    return run(OwnShard((32, 20)), precision="bf16-mixed", accumulate_grad_batches=2)
+    class Wider(OwnShard):
+        def make_net(self):
+            return Wide()
+
+    return run(Wider((32, 20)), precision="bf16-mixed", accumulate_grad_batches=2)
 
 
 class Sharded(OwnShard):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests import in_band_runs
-from tests.in_band import Convolutional, Step, contributions, mean_squares, rho, rho_of
+from tests.in_band import Convolutional, Step, Wide, contributions, mean_squares, rho, rho_of
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_loop_over_both_processes_finds_the_same(runs, run):
 
 def test_in_bf16_too(runs):
     autocast = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-    assert worst_error(runs(in_band_runs.in_bf16), **autocast) < 1e-3
+    assert worst_error(runs(in_band_runs.in_bf16), Wide(), **autocast) < 1e-3
 
 
 def test_a_layer_that_one_process_alone_uses(runs):

@@ -10,7 +10,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_graddiv import GradientDiversityMonitor
 from tests.audit import warned
-from tests.in_band import Collector, Convolutional, Witness, contributions, rho, rho_of, signals, trained, worst_error
+from tests.in_band import (
+    Collector,
+    Convolutional,
+    Wide,
+    Witness,
+    contributions,
+    rho,
+    rho_of,
+    signals,
+    trained,
+    worst_error,
+)
 
 EXACT = 1e-5
 
@@ -56,7 +67,7 @@ def test_before_clipping(algorithm):
 
 
 def test_in_bf16_mixed():
-    module = Witness(Convolutional())
+    module = Witness(Wide())
     monitor = trained(module, signals(192), batch_size=32, precision="bf16-mixed", accumulate_grad_batches=2)
     assert worst_error(monitor.probes, module, autocast=lambda: torch.autocast("cpu", torch.bfloat16)) < 1e-3
 
