@@ -19,9 +19,7 @@ class Task:
 
 
 def mlp(width: int = 1024) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    )
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def convnet() -> nn.Module:
@@ -95,7 +93,9 @@ class Layer(nn.Module):
 class GPT(nn.Module):
     """Positions are looked up for every sequence, as in Hugging Face's models when they are given position ids."""
 
-    def __init__(self, width: int = 256, layers: int = 4, heads: int = 4, length: int = 64, vocabulary: int = 256) -> None:
+    def __init__(
+        self, width: int = 256, layers: int = 4, heads: int = 4, length: int = 64, vocabulary: int = 256
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)), nn.LayerNorm(width))

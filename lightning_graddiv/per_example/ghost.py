@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example.factors import Contributions, Probe, added
+from lightning_graddiv.per_example.factors import DIRECTIONS, Contributions, Probe, added
 from lightning_graddiv.per_example.layers import PARAMETER_NAMES, LayerType, Layout, layer_type
 from lightning_graddiv.per_example.norms import sum_of_squares
 from lightning_graddiv.per_example.records import Recorded, Use
@@ -58,6 +58,7 @@ class GhostRecorder:
         shared: parameters that are known to be used more than once, which wait for the end of the backward pass.
         measured: the parameters that matter, by index. None: all.
         keeps_local: whether to keep the norm of the gradient so far, before processes exchange theirs.
+        keeps_norms: whether to keep the norm of the gradient of each pass.
         assumed: whether a leading dimension of the right size is taken for the examples, without proof.
         seed: of the random directions that a gradient is compared in; the same on every process.
     """
@@ -70,6 +71,7 @@ class GhostRecorder:
         shared: frozenset[int] = frozenset(),
         measured: frozenset[int] | None = None,
         keeps_local: bool = False,
+        keeps_norms: bool = False,
         assumed: bool = False,
         seed: int = 0,
     ) -> None:
@@ -81,6 +83,7 @@ class GhostRecorder:
         self._shared = shared
         self._measured = frozenset(range(len(self._parameters))) if measured is None else measured
         self._keeps_local = keeps_local
+        self._keeps_norms = keeps_norms
         self._assumed = assumed
         self._seed = seed
         self._probes: dict[int, Probe] = {}
@@ -174,8 +177,8 @@ class GhostRecorder:
             self._examples,
             {i: norms for i, (norms, _) in self._found.items()},
             dict(self._misses),
-            sum((wanted.cpu() for wanted, _ in self._gradients.values()), torch.zeros(4, dtype=torch.float64)),
-            None if self._came_in_parts else float(sum(norm.cpu() for _, norm in self._gradients.values())),
+            sum((wanted.cpu() for wanted, _ in self._gradients.values()), torch.zeros(DIRECTIONS, dtype=torch.float64)),
+            self._gradient_sq_norm(),
             {index: float(norm) for index, norm in self._local.items()} if self._keeps_local else None,
         )
         self._compare(recorded)
@@ -223,15 +226,16 @@ class GhostRecorder:
         )
 
     def _on_gradient(self, use: Use, gradient: Tensor) -> None:
-        if use.output_gradient is not None:
+        if use.is_reached:
             for index in use.parameters.values():
                 self._misses[index] = "it takes part in more than one backward pass"
             return
-        use.output_gradient = gradient.detach()
+        use.is_reached, use.output_gradient = True, gradient.detach()
         if self._layouts is None or self._shared.intersection(use.parameters.values()):
             return
         self._measure([use])
         self.uses.remove(use)
+        use.release()
 
     def _add_waiting(self) -> None:
         """Measure what was kept until the whole backward pass was seen."""
@@ -281,10 +285,11 @@ class GhostRecorder:
     def _on_parameter(self, index: int, gradient: Tensor) -> None:
         if gradient.is_complex():
             self._misses[index] = "it is complex"
-            self._gradients[index] = torch.zeros(4, dtype=torch.float64), sum_of_squares([gradient])
+            self._gradients[index] = torch.zeros(DIRECTIONS, dtype=torch.float64), sum_of_squares([gradient])
             return
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        projected, sq_norm = self._probe(index).of(dense), sum_of_squares([dense])
+        projected = self._probe(index).of(dense)
+        sq_norm = sum_of_squares([dense]) if self._keeps_norms else projected.square().mean()  # which is about that
         if index in self._gradients:  # a re-entrant checkpoint runs a backward pass of its own
             self._came_in_parts = True
             before_it, norm_before = self._gradients[index]
@@ -295,14 +300,19 @@ class GhostRecorder:
             so_far = dense if before is None else dense + before.detach()
             self._local[index] = sum_of_squares([so_far])
 
+    def _gradient_sq_norm(self) -> float | None:
+        if self._came_in_parts or not self._keeps_norms:
+            return None
+        return float(sum(norm.cpu() for _, norm in self._gradients.values()))
+
     def projected(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Return the projections of all parameters' gradients together, shape (4,), float64."""
+        """Return the projections of all parameters' gradients together, shape (p,), float64."""
         found = (
             self._probe(index).of(gradient.to_dense() if gradient.is_sparse else gradient).cpu()
             for index, gradient in enumerate(gradients)
             if gradient is not None and not gradient.is_complex()
         )
-        return sum(found, torch.zeros(4, dtype=torch.float64))
+        return sum(found, torch.zeros(DIRECTIONS, dtype=torch.float64))
 
     def _probe(self, index: int) -> Probe:
         if index not in self._probes:
@@ -312,7 +322,7 @@ class GhostRecorder:
 
     def _compare(self, recorded: Recorded) -> None:
         """Compare, parameter by parameter, what the examples add up to with the gradient."""
-        zeros = torch.zeros(4, dtype=torch.float64)
+        zeros = torch.zeros(DIRECTIONS, dtype=torch.float64)
         indices = sorted((self._found.keys() | self._gradients.keys()) & self._measured)
         if not indices:
             return

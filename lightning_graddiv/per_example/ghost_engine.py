@@ -11,13 +11,21 @@ from lightning_graddiv.per_example.in_band import GhostStep
 from lightning_graddiv.per_example.layers import layer_type, mixes_examples
 from lightning_graddiv.per_example.losses import StepLoss, measuring
 from lightning_graddiv.per_example.proof import GhostPlan, prove
-from lightning_graddiv.per_example.select import PerExampleEngine, is_check_due, with_frozen_copied
+from lightning_graddiv.per_example.select import PerExampleEngine, with_frozen_copied
+
+
+def is_proof_due(measured: int) -> bool:
+    """Tell whether to prove again after so many measurements: 0, 1, 4, 16, 64 and every 256.
+
+    Rarer than the checks of engines that run the step again: here a changed step is noticed when it happens.
+    """
+    return measured in (0, 1, 4, 16, 64) or measured % 256 == 0
 
 
 class GhostEngine:
     """What is proven about a module's parameters, over a whole training.
 
-    The proof is made at the first measurement, after 1, 2, 4, 8, ... and every 64, and again after a failure. Every
+    The proof is made where :func:`is_proof_due`, and again when the step changes and after a failure. Every
     decision is taken from what all processes agree on.
 
     Attributes:
@@ -44,7 +52,7 @@ class GhostEngine:
     def is_check_due(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
         """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`."""
         is_known = self._known == [id(parameter) for parameter in parameters] and self._modes == modes_of(module)
-        return not self._is_trusted or not is_known or is_check_due(self._measured)
+        return not self._is_trusted or not is_known or is_proof_due(self._measured)
 
     def check(self, loss: StepLoss, batch: Any, total: int, *, seed: int) -> list[float]:
         """Prove on a few examples what can be measured.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.fingerprint import KnownGraphs
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.losses import StepLoss
@@ -125,7 +126,7 @@ class GhostStep(InBandStep):
         self.covered = list(covered)
         self.sums = StepSums()
         self.local_sq_norm: float | None = None
-        self.projections = torch.zeros(4, dtype=torch.float64)
+        self.projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
         self.rest_error: MeasurementError | None = None
         self._parameters = list(parameters)
         self._reached: set[int] = set()
@@ -254,8 +255,8 @@ class GroupStep(InBandStep):
     def __init__(self, parameters: Sequence[nn.Parameter], *, seed: int) -> None:
         self.groups: list[tuple[float, float]] = []
         self.divisor = 1
-        self.projections = torch.zeros(4, dtype=torch.float64)
-        self._recorder = GhostRecorder(parameters, {}, measured=frozenset(), seed=seed)
+        self.projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
+        self._recorder = GhostRecorder(parameters, {}, measured=frozenset(), keeps_norms=True, seed=seed)
         self._parameters = list(parameters)
         self._examples = 0
 

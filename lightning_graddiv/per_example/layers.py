@@ -202,15 +202,16 @@ def _affine(
     """Contributions to a scale, sum b x, and a shift, sum b, over an example's positions."""
     found: dict[str, Contributions] = {}
 
-    def total(values: Tensor) -> Tensor:  # (n, T, ..., *space) -> (n, ...)
-        arranged = arrange(values, leading).sum(1)
-        space = arranged.ndim - 1 - layer.weight.ndim
-        return arranged.flatten(-space).sum(-1) if space else arranged
-
+    seen = leading + layer.weight.ndim
+    has_space = output_gradients.ndim > seen
+    if has_space:
+        normalized, output_gradients = normalized.flatten(seen), output_gradients.flatten(seen)
     if _wants(layer.weight):
-        found["weight"] = Explicit(total(normalized * output_gradients))
+        products = torch.linalg.vecdot(normalized, output_gradients) if has_space else normalized * output_gradients
+        found["weight"] = Explicit(arrange(products, leading).sum(1))
     if _wants(getattr(layer, "bias", None)):
-        found["bias"] = Explicit(total(output_gradients))
+        sums = output_gradients.sum(-1) if has_space else output_gradients
+        found["bias"] = Explicit(arrange(sums, leading).sum(1))
     return found
 
 

@@ -22,6 +22,7 @@ class Use:
         ordinals: the how-manieth use of the parameter this is, name to count.
         inputs: of the call.
         output_gradient: None until the backward pass comes by.
+        is_reached: whether it has come by.
     """
 
     layer: nn.Module
@@ -31,6 +32,11 @@ class Use:
     inputs: Tensor
     version: int
     output_gradient: Tensor | None = None
+    is_reached: bool = False
+
+    def release(self) -> None:
+        """Let go of the tensors, which the backward pass is about to free."""
+        self.inputs, self.output_gradient = self.inputs.new_empty(0), None
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -62,8 +68,8 @@ class Recorded:
         examples: n.
         sq_norms: squared norms of the contributions, shape (n,), float64.
         misses: why a parameter is not accounted for.
-        projections: of the gradient of this pass, shape (4,), float64.
-        gradient_sq_norm: of this pass, over all parameters; None where one of them came in parts.
+        projections: of the gradient of this pass, shape (p,), float64.
+        gradient_sq_norm: of this pass, over all parameters; None where one of them came in parts, or not asked for.
         local_sq_norms: ``|gradient so far|^2``, this pass included, of the parameters that it reached; None where not
             asked for.
     """

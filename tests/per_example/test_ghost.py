@@ -47,7 +47,7 @@ def test_norms_and_nothing_missed():
     assert found.misses == {}
     assert found.total([0, 1, 2, 3]) == pytest.approx(sum(found.sq_norms.values()))
     assert found.local_sq_norms is None
-    assert found.gradient_sq_norm == pytest.approx(float(sum(p.grad.square().sum() for p in net.parameters())))
+    assert found.gradient_sq_norm is None
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -142,6 +142,12 @@ def test_the_gradient_so_far_is_known_before_processes_exchange_theirs():
     assert sum(found.local_sq_norms.values()) == pytest.approx(
         float(sum(p.grad.square().sum() for p in net.parameters()))
     )
+
+
+def test_the_norm_of_a_pass_is_kept_where_it_is_asked_for():
+    net, x = nn.Linear(5, 3).double(), batch()
+    found = recorded(net, lambda net: net(x).square().sum(), keeps_norms=True)
+    assert found.gradient_sq_norm == pytest.approx(float(sum(p.grad.square().sum() for p in net.parameters())))
 
 
 def test_it_is_not_known_where_a_parameter_was_not_reached():
