@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-conformance coverage lint format bench clean distclean
+.PHONY: help demo test test-slow test-conformance coverage lint format bench bench-overhead clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,10 @@ format: $(STAMP) ## put format and style right where a tool can
 
 bench: $(STAMP) ## run the benchmark that the README quotes
 	$(RUN) benchmarks/digits.py $(ARGS)
+
+bench-overhead: $(STAMP) ## measure what measuring costs; rivals only where the extra `bench` is installed
+	$(RUN) benchmarks/overhead.py $(ARGS)
+	$(RUN) benchmarks/performance.py
 
 clean: ## remove what runs left behind; keeps .venv
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist *.egg-info

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -211,7 +212,33 @@ def fails_on_one(rank):
         GroupStep.backward = original
 
 
+def numbers_sent(rank):
+    """How many numbers our own collectives carry in each measurement, for a small and a larger model."""
+
+    class Deep(OwnShard):
+        def make_net(self):
+            return nn.Sequential(Convolutional(), *(nn.Linear(4, 4) for _ in range(40)))
+
+    def count(module):
+        sent, original = [0], dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            sent[-1] += tensor.numel()
+            return original(tensor, *args, **kwargs)
+
+        module.on_before_zero_grad = lambda optimizer: sent.append(0)  # after the proofs of a step, before its end
+        dist.all_reduce = counted
+        try:
+            run(module)
+        finally:
+            dist.all_reduce = original
+        return sent[1:]
+
+    return {"small": count(OwnShard()), "large": count(Deep())}
+
+
 RUNS = (
+    numbers_sent,
     changed_by_one,
     fails_on_one,
     uneven,

@@ -135,3 +135,10 @@ def test_an_error_on_one_process_costs_one_measurement_on_both(runs):
     assert first["probes"] == second["probes"]
     assert len(first["probes"]) == 2
     assert len(first["steps"]) == 6
+
+
+def test_a_measurement_sends_twenty_numbers_whatever_the_model(runs):
+    """The sums and two verdicts; where a proof is due, one number for each parameter more."""
+    for result in runs(in_band_runs.numbers_sent):
+        for counts in result.values():
+            assert sorted(counts)[:3] == [20, 20, 20] or sorted(counts)[:3] == [19, 20, 20]
