@@ -105,7 +105,7 @@ def _compare_with_loop(loss: StepLoss, sample: Sample) -> GhostPlan:
                 differentiate(loss, sample.batch, watch=recorder.attach)
             weights = sample.weights.to(sample.alone.dtype)[:, None]
             relative, of_all = _rounding(loss.module)
-            whole = (weights * sample.alone).norm(dim=1)
+            whole = weights.abs().flatten() * torch.linalg.vector_norm(sample.alone, dim=1)
             for index, gradients in enumerate(sample.parts):
                 wanted, uses = weights * gradients, recorder.used(index)
                 slack = relative * wanted.norm(dim=1) + of_all * whole + _TINY * of_all * whole.max()

@@ -87,7 +87,9 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
     together = select(batch, examples, total)
     with splitting(loss), noise_off(high=high) as noise, writes_refused(loss.module), full_precision():
         joint = _vector(loss, together)
-        alone = torch.stack([_vector(loss, select(batch, [example], total)) for example in examples])
+        alone = joint.new_empty(len(examples), len(joint))  # filled row by row: a list of rows would be held beside it
+        for row, example in zip(alone, examples, strict=True):
+            row.copy_(_vector(loss, select(batch, [example], total)))
     if loss.is_partial and not bool(alone.any()) and not bool(joint.any()):
         weights, is_weighted = torch.full((len(examples),), 1 / len(examples), dtype=torch.float64), False
     else:
