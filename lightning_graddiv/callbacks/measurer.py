@@ -29,7 +29,6 @@ from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.ghost_engine import GhostEngine
 from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, InBandStep
 from lightning_graddiv.per_example.select import PerExampleEngine
-from lightning_graddiv.per_example.separability import EXAMPLES_TRIED
 
 _ORDER = {
     "auto": ("ghost", "replay", "microbatch"),
@@ -261,11 +260,11 @@ class StepMeasurer:
         is_due = self._ghost.is_check_due(module, self._parameters)
         if smallest_over_ranks([float(not is_due)], device)[0] > 0:  # none of the processes wants to
             return True
-        mask, error = self._proof(trainer, module, args)
+        is_whole = self._is_full_enough(trainer, args)
+        mask, error = self._proof(trainer, module, args) if is_whole else ([0.0] * len(self._parameters), None)
         is_lasting = isinstance(error, MeasurementError) and error.lasting
         is_apart = not isinstance(error, CouplingError)
         regroups = is_lasting and would_regroup(self._seen(trainer, module, args))
-        is_whole = self._is_full_enough(trainer, args)
         numbers = [float(flag) for flag in (error is None, not is_lasting, is_apart, regroups, is_whole)] + mask
         agreed = smallest_over_ranks(numbers, device)
         is_good, is_passing, is_apart, regroups, is_whole = (flag > 0 for flag in agreed[:5])
@@ -293,10 +292,10 @@ class StepMeasurer:
         return False
 
     def _is_full_enough(self, trainer: Any, args: tuple[Any, ...]) -> bool:
-        """Tell whether a batch has as many examples as a proof looks at, or as the loader draws at most."""
+        """Tell whether a batch can prove anything: of one example, rows and sums look alike however they are made."""
         try:
             seen = self._seen(trainer, None, args)
-            return seen.count() >= (2 if seen.at_most is None else min(EXAMPLES_TRIED, seen.at_most))
+            return seen.count() >= min(2, seen.at_most or 2)
         except MeasurementError:
             return True  # which is refused for better reasons
 

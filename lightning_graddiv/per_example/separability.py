@@ -23,7 +23,7 @@ from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
 from lightning_graddiv.per_example.norms import sum_of_squares
 
-EXAMPLES_TRIED = 4
+_EXAMPLES = 4
 """Of a batch, alone and together."""
 
 
@@ -83,7 +83,7 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
     Raises:
         MeasurementError: the loss mixes examples, or fails on a part of the batch.
     """
-    examples = random.Random(seed).sample(range(total), min(EXAMPLES_TRIED, total))
+    examples = random.Random(seed).sample(range(total), min(_EXAMPLES, total))
     together = select(batch, examples, total)
     with splitting(loss), noise_off(high=high) as noise, writes_refused(loss.module), full_precision():
         joint = _vector(loss, together)
