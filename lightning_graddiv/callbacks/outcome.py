@@ -73,7 +73,7 @@ def ghost_outcome(
     measures_rest = step.measures_rest and rest_failed == 0
     coverage = 1.0 if measures_rest or whole_norm == 0 else covered_norm / whole_norm
     s1, s2 = (s1 + rest_s1, whole_norm) if measures_rest else (s1, covered_norm)
-    if not _is_what_was_seen(applied, projections, (s1 + rest_s1) / world**2 + whole_norm, device):
+    if not _is_what_was_seen(applied, projections, s1 / world**2 + whole_norm, device):
         return Outcome(None, refusal=_changed(s1, s2))
     if coverage < MIN_COVERAGE:
         return Outcome(None, coverage, _uncovered(step, coverage), is_lasting=True)
@@ -82,7 +82,8 @@ def ghost_outcome(
         s2,
         weights / world,
         sq_weights / world**2,
-        local / world**2 if world > 1 and no_groups == 0 else None,
+        # Of all parameters where the rest was to be measured: not of those that are left without it.
+        local / world**2 if world > 1 and no_groups == 0 and rest_failed == 0 else None,
         group_weights / world**2,
     )
     return replace(_moments_of(contributions, coverage), leaves_out_rest=rest_failed > 0)

@@ -42,10 +42,11 @@ class KnownGraphs:
 
 
 def _operations(loss: Tensor) -> Counter[str]:
-    return Counter(node.name() for node in _nodes(loss))
+    return Counter(node.name() for node in graph_nodes(loss))
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
+def graph_nodes(loss: Tensor) -> Iterator[Any]:
+    """Yield every node of a loss's autograd graph, once."""
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()

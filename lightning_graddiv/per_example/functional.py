@@ -14,6 +14,7 @@ from lightning_graddiv.diversity import GradientSums
 from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.batches import has_row_per_example, replace_leaves, select, tensor_leaves
 from lightning_graddiv.per_example.copier import OutsideTensor
+from lightning_graddiv.per_example.fingerprint import graph_nodes
 from lightning_graddiv.per_example.losses import StepLoss, Watch
 from lightning_graddiv.per_example.norms import real_view, sum_dtype, sum_of_squares
 
@@ -110,12 +111,7 @@ def require_finite(numbers: Tensor, what: str = "gradient") -> None:
 def _hides_parameters(loss: Tensor) -> bool:
     """Tell whether a re-entrant checkpoint hides parameters from autograd; refuse graphs from elsewhere."""
     hides = False
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(loss):
         hides |= "CheckpointFunction" in node.name()
         leaf = getattr(node, "variable", None)
         if leaf is not None and OutsideTensor.is_marked(leaf):
@@ -124,7 +120,6 @@ def _hides_parameters(loss: Tensor) -> bool:
                 "the module: it cannot be computed again for one example. Compute it in training_step, or detach it.",
                 lasting=True,
             )
-        waiting.extend(following for following, _ in node.next_functions)
     return hides
 
 

@@ -43,12 +43,32 @@ class StepSums:
 class InBandStep(ABC):
     """The measurement of one optimizer step, fed micro-batch by micro-batch.
 
+    Args:
+        parameters: all that the optimizer holds and that require a gradient.
+        recorder: of those.
+
     Attributes:
-        seconds: spent in its hooks.
+        projections: of this process's gradient, for a comparison with what the optimizer applies.
     """
 
-    seconds: float
-    _is_expecting = False
+    def __init__(self, parameters: Sequence[nn.Parameter], recorder: GhostRecorder) -> None:
+        self.projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
+        self._parameters = list(parameters)
+        self._recorder = recorder
+        self._is_expecting = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in hooks."""
+        return self._recorder.seconds
+
+    def applied_projections(self) -> Tensor:
+        """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
+        return self._recorder.projected([parameter.grad for parameter in self._parameters])
+
+    def close(self) -> None:
+        """Remove every hook; may be called more than once."""
+        self._recorder.detach()
 
     def _expect_one_backward(self) -> None:
         if not self._is_expecting:
@@ -81,10 +101,6 @@ class InBandStep(ABC):
             MeasurementError: it cannot be trusted.
         """
 
-    @abstractmethod
-    def close(self) -> None:
-        """Remove every hook; may be called more than once."""
-
 
 class GhostStep(InBandStep):
     """Measures the contributions of single examples, by the rules of the layers.
@@ -104,7 +120,6 @@ class GhostStep(InBandStep):
         covered: see above.
         sums: of the micro-batches so far.
         local_sq_norm: ``|sum c_i|^2`` of this process alone, over the parameters measured; None where not known.
-        projections: of this process's gradient, for a comparison with what the optimizer applies.
         rest_error: why the rest cannot be measured.
     """
 
@@ -121,21 +136,8 @@ class GhostStep(InBandStep):
         graphs: KnownGraphs,
         is_just_checked: bool,
     ) -> None:
-        self._graphs = graphs
-        self._is_just_checked = is_just_checked
-        self.covered = list(covered)
-        self.sums = StepSums()
-        self.local_sq_norm: float | None = None
-        self.projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
-        self.rest_error: MeasurementError | None = None
-        self._parameters = list(parameters)
-        self._reached: set[int] = set()
-        self._rest_parameters = [p for i, p in enumerate(parameters) if i not in set(covered)]
-        self._rest = rest if self._rest_parameters else None
-        self._plan = plan
-        self._noise_seed = noise_seed
-        self._recorder = GhostRecorder(
-            self._parameters,
+        recorder = GhostRecorder(
+            parameters,
             plan.layouts,
             shared=plan.shared,
             measured=frozenset(covered),
@@ -143,14 +145,21 @@ class GhostStep(InBandStep):
             assumed=plan.assumed,
             seed=seed,
         )
+        super().__init__(parameters, recorder)
+        self._graphs = graphs
+        self._is_just_checked = is_just_checked
+        self.covered = list(covered)
+        self.sums = StepSums()
+        self.local_sq_norm: float | None = None
+        self.rest_error: MeasurementError | None = None
+        self._reached: set[int] = set()
+        self._rest_parameters = [p for i, p in enumerate(parameters) if i not in set(covered)]
+        self._rest = rest if self._rest_parameters else None
+        self._plan = plan
+        self._noise_seed = noise_seed
         self._is_attached = False
         self._weight = 0.0
         self._pending_sq_norms = 0.0  # until the backward pass shows that the micro-batch is trained on
-
-    @property
-    @override
-    def seconds(self) -> float:  # type: ignore[override]
-        return self._recorder.seconds
 
     @property
     def measures_rest(self) -> bool:
@@ -184,15 +193,15 @@ class GhostStep(InBandStep):
             self._graphs.add(loss)
             self._is_just_checked = False
         elif not self._graphs.knows(loss):
-            raise UncoveredError({0: "training_step computes something else"})
+            raise UncoveredError("training_step computes something else")
 
     @override
     def backward(self, scale: float) -> None:
         self._expect_one_backward()
         recorded = self._recorder.finish()
-        missed = {index: reason for index, reason in recorded.misses.items() if index in set(self.covered)}
+        missed = [reason for index, reason in recorded.misses.items() if index in set(self.covered)]
         if missed:
-            raise UncoveredError(missed)
+            raise UncoveredError(missed[0])
         examples, sums = recorded.examples, self.sums
         self.sums = replace(
             sums,
@@ -214,28 +223,15 @@ class GhostStep(InBandStep):
 
     def unreached(self, has_gradient: Sequence[bool]) -> MeasurementError | None:
         """Return an error for parameters that have a gradient although no layer was seen to use them."""
-        missed = {i: "no layer with a rule used it" for i in self.covered if has_gradient[i] and i not in self._reached}
-        return UncoveredError(missed) if missed else None
-
-    def applied_projections(self) -> Tensor:
-        """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
-        return self._recorder.projected([parameter.grad for parameter in self._parameters])
-
-    @override
-    def close(self) -> None:
-        self._recorder.detach()
+        is_missed = any(has_gradient[i] and i not in self._reached for i in self.covered)
+        return UncoveredError("no layer with a rule used a parameter that has a gradient") if is_missed else None
 
 
 class UncoveredError(MeasurementError):
-    """In a training step, parameters were used in a way that was not proven.
+    """In a training step, parameters were used in a way that was not proven."""
 
-    Attributes:
-        misses: why, by the parameter's index.
-    """
-
-    def __init__(self, misses: dict[int, str]) -> None:
-        super().__init__(f"The step is not what it was when it was last checked: {next(iter(misses.values()))}.")
-        self.misses = misses
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The step is not what it was when it was last checked: {reason}.")
 
 
 class GroupStep(InBandStep):
@@ -243,27 +239,18 @@ class GroupStep(InBandStep):
 
     Args:
         parameters: all that the optimizer holds and that require a gradient.
-
         seed: of random directions, the same on every process.
 
     Attributes:
         groups: the squared norm of the gradient and the number of examples of each micro-batch so far.
         divisor: that stands before a micro-batch's loss.
-        projections: of this process's gradient, for a comparison with what the optimizer applies.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, seed: int) -> None:
+        super().__init__(parameters, GhostRecorder(parameters, {}, measured=frozenset(), keeps_norms=True, seed=seed))
         self.groups: list[tuple[float, float]] = []
         self.divisor = 1
-        self.projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
-        self._recorder = GhostRecorder(parameters, {}, measured=frozenset(), keeps_norms=True, seed=seed)
-        self._parameters = list(parameters)
         self._examples = 0
-
-    @property
-    @override
-    def seconds(self) -> float:  # type: ignore[override]
-        return self._recorder.seconds
 
     @override
     def forward(self, module: nn.Module, loss: StepLoss | None, batch: Any, examples: int, divisor: int) -> None:
@@ -284,11 +271,3 @@ class GroupStep(InBandStep):
             )
         self.projections += recorded.projections / scale
         self.groups.append((recorded.gradient_sq_norm * (self.divisor / scale) ** 2, float(self._examples)))
-
-    def applied_projections(self) -> Tensor:
-        """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
-        return self._recorder.projected([parameter.grad for parameter in self._parameters])
-
-    @override
-    def close(self) -> None:
-        self._recorder.detach()
