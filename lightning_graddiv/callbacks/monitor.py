@@ -212,7 +212,7 @@ class GradientDiversityMonitor(Callback):
         self.optimizer_steps += self._stepped
         moments, self._measured = self._measured, None
         if moments is not None and self.latest is not None:
-            self._publish(trainer, pl_module, self.latest)
+            self._publish(trainer, self.latest)
             self.on_estimate(trainer, pl_module, self.latest)
 
     @override
@@ -295,7 +295,7 @@ class GradientDiversityMonitor(Callback):
                 "(use_distributed_sampler=True), or shard the data by process."
             )
 
-    def _publish(self, trainer: Trainer, pl_module: LightningModule, estimate: DiversityEstimate) -> None:
+    def _publish(self, trainer: Trainer, estimate: DiversityEstimate) -> None:
         metrics = metrics_of(
             estimate,
             batch_size=self._effective_batch_size(trainer),
@@ -303,7 +303,7 @@ class GradientDiversityMonitor(Callback):
             coverage=self._coverage,
             overhead=self._stopwatch.overhead,
         )
-        report(trainer, pl_module, metrics, prefix=self.log_prefix, step=self._opened_step)
+        report(trainer, metrics, prefix=self.log_prefix, step=self._opened_step)
 
     def _effective_batch_size(self, trainer: Trainer) -> int:
         drawn = drawn_batch_size(single_train_loader(trainer))

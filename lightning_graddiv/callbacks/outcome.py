@@ -14,7 +14,7 @@ from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, UncoveredError
 from lightning_graddiv.per_example.microbatch import GroupSums
-from lightning_graddiv.per_example.norms import real_view, sum_of_squares
+from lightning_graddiv.per_example.norms import real_view, sq_norm_of_each, sum_of_squares
 
 MIN_COVERAGE = 0.9
 """Of |gradient|^2; below it, what is measured says too little about the whole."""
@@ -206,20 +206,21 @@ def group_outcome(steps: Sequence[AppliedGroups], device: torch.device, *, whole
 
 def applied_sq_norms(parameters: Sequence[nn.Parameter]) -> list[float]:
     """Return this process's part of |gradient|^2 of each parameter: they add up over the processes."""
-    zero = torch.zeros((), dtype=torch.float64)
-    norms = [zero if p.grad is None else _part(p.grad).cpu() for p in parameters]
-    found: list[float] = torch.stack(norms).tolist() if norms else []
-    return found
+    parts = [_part(parameter.grad) for parameter in parameters]
+    norms = sq_norm_of_each([gradient for gradient, _ in parts])
+    return [norm / copies for norm, (_, copies) in zip(norms.tolist(), parts, strict=True)]
 
 
-def _part(gradient: Any) -> Tensor:
+def _part(gradient: Any) -> tuple[Tensor, int]:
+    """Return what a process holds of a gradient, and how many processes hold the same."""
+    if gradient is None:
+        return torch.zeros(1), 1
     if is_sharded(gradient):
         replicas = 1
         for dimension, placement in enumerate(gradient.placements):
             replicas *= gradient.device_mesh.size(dimension) if placement.is_replicate() else 1
-        return sum_of_squares([gradient.to_local()]) / replicas
-    dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return sum_of_squares([dense]) / world_size()
+        return gradient.to_local(), replicas
+    return gradient.coalesce().values() if gradient.is_sparse else gradient, world_size()
 
 
 def _moments_of(contributions: ContributionSums, coverage: float) -> Outcome:

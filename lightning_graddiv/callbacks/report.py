@@ -40,7 +40,7 @@ def metrics_of(
     return metrics if estimate.diversity is None else {**metrics, "diversity": estimate.diversity}
 
 
-def report(trainer: Any, module: Any, metrics: Mapping[str, float], *, prefix: str, step: int) -> None:
+def report(trainer: Any, metrics: Mapping[str, float], *, prefix: str, step: int) -> None:
     """Send metrics to every logger now, and to the progress bar and ``callback_metrics``.
 
     ``self.log`` alone would reach loggers only every ``log_every_n_steps``, and then repeat stale values.
@@ -50,7 +50,6 @@ def report(trainer: Any, module: Any, metrics: Mapping[str, float], *, prefix: s
     named = {f"{prefix}/{name}": value for name, value in metrics.items()}
     for logger in trainer.loggers:
         logger.log_metrics(named, step=step)
-    shown = f"{prefix}/{_SHOWN}"
-    module.log(shown, named[shown], prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
-    # Not by `log` too: each call of that looks at all that was logged before, and a dozen take longer than measuring.
+    # Not by `log`: each call of that looks at all that was logged before, and takes as long as measuring a small net.
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+    trainer.progress_bar_metrics[f"{prefix}/{_SHOWN}"] = metrics[_SHOWN]

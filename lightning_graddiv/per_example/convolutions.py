@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_graddiv.per_example.factors import Contributions, Outer, Probe
+from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Probe, chunk_bytes
+from lightning_graddiv.per_example.norms import sum_of_squares
 
-_GROUPED_UP_TO = 40_000
-"""Entries of a weight up to which one grouped convolution is faster than a convolution for each example."""
+_FEW_CHANNELS = 8
+"""Below it, as for images, the library's grouped convolutions are slow: row by row is faster where a row is work."""
+
+_WORK = 400_000
+"""Products that make a row work."""
+
+_SHIFT = 16
+"""What adding one entry to another costs in products of a matrix product: it waits for memory."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,11 @@ class Convolved(Contributions):
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.inputs.device
+
     @override
     def __len__(self) -> int:
         return len(self.inputs)
@@ -50,8 +62,8 @@ class Convolved(Contributions):
     def explicit(self) -> Tensor:
         """Differentiate each row with the library's own kernel."""
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
-        rows = len(inputs)
-        if math.prod(self.shape) > _GROUPED_UP_TO:
+        rows, work = len(inputs), math.prod(self.shape) * math.prod(output_gradients.shape[2:])
+        if self.shape[1] < _FEW_CHANNELS and work >= _WORK:
             each = [self._weight_gradient(inputs[i : i + 1], output_gradients[i : i + 1], 1) for i in range(rows)]
             by_row = torch.stack(each)
         else:  # every row becomes a group of channels
@@ -63,29 +75,82 @@ class Convolved(Contributions):
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        """Choose between the gradients themselves and products between positions.
+        """Take the cheaper of the gradients themselves and products between the input's pixels."""
+        if not self.takes_pixels:
+            return super().measure(probe)
+        pixels = self.inputs.shape[1] * math.prod(self._padded_space)
+        size = max(1, chunk_bytes(self.device) // (12 * self.groups * pixels**2))
+        parts = [self.at(slice(start, start + size)) for start in range(0, len(self), size)]
+        return torch.cat([part._norms_by_pixels() for part in parts]), self._project(probe)
 
-        With L positions and a weight that joins ``in`` numbers to ``out``, these cost ``L^2 (in + out)`` and those
-        ``L in out``: late layers take the first way, early ones the second.
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether products between pixels are cheaper than gradients.
+
+        With A pixels, L positions of the output, and K entries of a kernel that joins ``in`` channels to ``out``, these
+        cost ``L K in out`` and those about ``A^2 (in + out)``, and K sums of ``A^2`` numbers: late layers, with many
+        channels and few pixels, take pixels, at a fraction of the weight gradient's own cost.
         """
-        positions = self.inputs.shape[1] * math.prod(self.output_gradients.shape[3:])
-        fan_in, fan_out = math.prod(self.shape[1:]), self.shape[0] // self.groups
-        if positions * (fan_in + fan_out) < fan_in * fan_out:
-            return self._outer().measure(probe)
-        return super().measure(probe)
+        rows, kernel = self.inputs.shape[1], math.prod(self.shape[2:])
+        fan_in, fan_out = self.shape[1], self.shape[0] // self.groups
+        positions, pixels = math.prod(self.output_gradients.shape[3:]), math.prod(self._padded_space)
+        length = rows * pixels - self._steps()[-1]
+        by_pixels = (rows * pixels) ** 2 * fan_in + length**2 * (fan_out + _SHIFT * kernel)
+        return by_pixels < rows * positions * kernel * fan_in * fan_out
 
-    def _outer(self) -> Outer:
-        """Lay out the input under each position of the output."""
-        patches, space = self.inputs, len(self.stride)
-        if any(self.padding):
-            patches = F.pad(patches, [width for p in reversed(self.padding) for width in (p, p)])
+    @property
+    def _padded_space(self) -> list[int]:
+        return [size + 2 * width for size, width in zip(self.inputs.shape[3:], self.padding, strict=True)]
+
+    def _steps(self) -> list[int]:
+        """How far each entry of the kernel is from its first, in pixels of the padded input one after another."""
+        steps, space = [0], self._padded_space
         for dim, size in enumerate(self.shape[2:]):
-            reach = self.dilation[dim] * (size - 1) + 1
-            patches = patches.unfold(3 + dim, reach, self.stride[dim])[..., :: self.dilation[dim]]
-        # (n, k, channels, *positions, *kernel) -> (n, groups, k, *positions, channels of a group, *kernel)
-        patches = patches.unflatten(2, (self.groups, -1)).movedim(2, 1).movedim(3, 3 + space)
-        b = self.output_gradients.unflatten(2, (self.groups, -1)).movedim(2, 1).movedim(3, 3 + space)
-        return Outer(patches.flatten(3 + space).flatten(2, 2 + space), b.flatten(2, 2 + space), self.shape)
+            step = self.dilation[dim] * math.prod(space[dim + 1 :])
+            steps = [before + step * entry for before in steps for entry in range(size)]
+        return steps
+
+    def _norms_by_pixels(self) -> Tensor:
+        """|c_i|^2 from the inner products of pixels and those of output gradients (derived).
+
+        ``c_i`` at kernel entry d is ``sum_t b_t x_(t+d)'`` over the positions t of the output, so ``|c_i|^2`` is
+        ``sum_(t,s) <b_t, b_s> sum_d <x_(t+d), x_(s+d)>``. With pixels numbered along the padded input, and zeros where
+        no output lies, a step d is a step along that number.
+        """
+        space = self._padded_space
+        pixels = F.pad(self.inputs, [width for p in reversed(self.padding) for width in (p, p)])
+        spread = pixels.new_zeros(*self.output_gradients.shape[:3], *space)
+        reach = [
+            slice(0, (n - 1) * s + 1, s) for n, s in zip(self.output_gradients.shape[3:], self.stride, strict=True)
+        ]
+        spread[(..., *reach)] = self.output_gradients
+        steps = self._steps()
+        x, b = (values.unflatten(2, (self.groups, -1)).movedim(1, 3).flatten(3) for values in (pixels, spread))
+        length = x.shape[-1] - steps[-1]
+        of_inputs, b = x.transpose(-1, -2) @ x, b[..., :length]
+        products = of_inputs[..., :length, :length].clone()  # (n, g, length, length)
+        for step in steps[1:]:
+            products += of_inputs[..., step : step + length, step : step + length]
+        products *= b.transpose(-1, -2) @ b
+        norms: Tensor = products.sum((1, 2, 3), dtype=torch.float64)
+        cancels = norms < CANCELLATION * products.abs_().sum((1, 2, 3), dtype=torch.float64)
+        if bool(cancels.any()):
+            chosen = replace(self, inputs=self.inputs[cancels], output_gradients=self.output_gradients[cancels])
+            parts = [sum_of_squares([part.explicit()], per_row=True) for part in chosen.chunks()]
+            norms[cancels] = torch.cat(parts)
+        return norms
+
+    def _project(self, probe: Probe) -> Tensor:
+        """A direction of rank one is a kernel for each output channel, times that channel's number."""
+        inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
+        kernels = probe.right.unflatten(1, self.shape[1:]).repeat(self.groups, *[1] * (len(self.shape) - 1))
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        a = convolve(inputs, kernels, None, self.stride, self.padding, self.dilation, self.groups)
+        a = a.unflatten(1, (self.groups, -1)).flatten(3)  # (rows, g, p, positions)
+        b = output_gradients.unflatten(1, (self.groups, -1)).flatten(3)
+        left = probe.left.unflatten(1, (self.groups, -1)).transpose(0, 1)  # (g, p, out)
+        projections: Tensor = (a * (left @ b)).sum((0, 1, 3), dtype=torch.float64)
+        return projections
 
     def _weight_gradient(self, inputs: Tensor, output_gradients: Tensor, rows: int) -> Tensor:
         shape = (rows * self.shape[0], *self.shape[1:])

@@ -16,8 +16,10 @@ from typing_extensions import override
 
 from lightning_graddiv.per_example.norms import sum_of_squares
 
-_CHUNK_BYTES = 64 * 2**20
-"""Explicit contributions that are held at a time."""
+_CHUNK_BYTES = 4 * 2**20
+"""Explicit contributions that are held at a time: on a processor, what its allocator keeps rather than gives back."""
+
+_ACCELERATOR_CHUNK_BYTES = 64 * 2**20
 
 
 DIRECTIONS = 4
@@ -39,25 +41,18 @@ class Probe:
     left: Tensor
     right: Tensor
 
-    @classmethod
-    def draw(cls, parameter: Tensor, generator: torch.Generator) -> "Probe":
-        """Draw normal numbers for a parameter; from the same generator state, the same on every process.
-
-        Not signs: they would overlook, half of the time, what differs in two rows by opposite numbers.
-        """
-        rows = parameter.shape[0] if parameter.ndim > 0 else 1
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        numbers = torch.randn(DIRECTIONS, rows + parameter.numel() // max(1, rows), generator=generator, dtype=dtype)
-        numbers = numbers.to(parameter.device)
-        return cls(numbers[:, :rows], numbers[:, rows:])
-
     def of(self, gradient: Tensor) -> Tensor:
         """Return the projections of a gradient, shape (p,), float64."""
-        flat = gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
-        return ((self.left @ flat) * self.right).sum(1, dtype=torch.float64)
+        matrix = gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
+        return ((matrix @ self.right.T) * self.left.T).sum(0, dtype=torch.float64)
 
 
-_CANCELLATION = 1e-2
+def chunk_bytes(device: torch.device) -> int:
+    """Return how much memory temporary numbers may take."""
+    return _CHUNK_BYTES if device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+
+
+CANCELLATION = 1e-2
 """Where products between positions cancel to less than this share, their rounding shows in the sum."""
 
 
@@ -66,6 +61,11 @@ class Contributions(ABC):
 
     shape: torch.Size
     """Of the parameter."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where they are."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class Contributions(ABC):
 
     def chunks(self) -> Iterator["Contributions"]:
         """Yield all examples, so many at a time that their explicit contributions fit into little memory."""
-        size = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(self.shape))))
+        size = max(1, chunk_bytes(self.device) // (4 * max(1, math.prod(self.shape))))
         for start in range(0, len(self), size):
             yield self.at(slice(start, start + size))
 
@@ -106,6 +106,11 @@ class Explicit(Contributions):
     @override
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.values.shape[1:]
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.values.device
 
     @override
     def __len__(self) -> int:
@@ -138,6 +143,11 @@ class Outer(Contributions):
     output_gradients: Tensor
     shape: torch.Size
 
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.inputs.device
+
     @override
     def __len__(self) -> int:
         return len(self.inputs)
@@ -159,7 +169,7 @@ class Outer(Contributions):
             return (_position_norms(self.inputs) * _position_norms(self.output_gradients)).sum(1), self._project(probe)
         if positions * (fan_in + fan_out) > fan_in * fan_out:
             return super().measure(probe)
-        size = max(1, _CHUNK_BYTES // max(1, 8 * groups * positions**2))
+        size = max(1, chunk_bytes(self.device) // max(1, 8 * groups * positions**2))
         norms = [self.at(slice(start, start + size))._by_gram() for start in range(0, n, size)]
         return torch.cat(norms), self._project(probe)
 
@@ -177,7 +187,7 @@ class Outer(Contributions):
         a, b = self.inputs, self.output_gradients
         products = (a @ a.transpose(-1, -2)) * (b @ b.transpose(-1, -2))
         norms: Tensor = products.sum((1, 2, 3), dtype=torch.float64)
-        cancels = norms < _CANCELLATION * products.abs().sum((1, 2, 3), dtype=torch.float64)
+        cancels = norms < CANCELLATION * products.abs().sum((1, 2, 3), dtype=torch.float64)
         if bool(cancels.any()):
             chosen = replace(self, inputs=a[cancels], output_gradients=b[cancels])
             parts = [sum_of_squares([part.explicit()], per_row=True) for part in chosen.chunks()]
@@ -198,6 +208,11 @@ class Lookup(Contributions):
     index: Tensor
     output_gradients: Tensor
     shape: torch.Size
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.index.device
 
     @override
     def __len__(self) -> int:
@@ -237,6 +252,11 @@ class Total(Contributions):
     @override
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.parts[0].shape
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.parts[0].device
 
     @override
     def __len__(self) -> int:

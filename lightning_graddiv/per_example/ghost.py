@@ -19,18 +19,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example.factors import DIRECTIONS, Contributions, Probe, added
+from lightning_graddiv.per_example.directions import Directions
+from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import PARAMETER_NAMES, LayerType, Layout, layer_type
-from lightning_graddiv.per_example.norms import sum_of_squares
+from lightning_graddiv.per_example.ledger import Ledger
 from lightning_graddiv.per_example.records import Recorded, Use
 
 Layouts = Mapping[tuple[int, int], Layout]
 """How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""
-
-
-_ROUNDING = {16: (5e-2, 1e-5), 32: (2e-4, 1e-6), 64: (1e-8, 1e-12)}
-"""By the bits of the numbers: how far a gradient may be from what its examples add up to, as a share of their norm, and
-of the norm of all parameters."""
 
 
 _ATTACHED: "WeakSet[GhostRecorder]" = WeakSet()
@@ -82,25 +78,24 @@ class GhostRecorder:
         self._layouts = layouts
         self._shared = shared
         self._measured = frozenset(range(len(self._parameters))) if measured is None else measured
-        self._keeps_local = keeps_local
-        self._keeps_norms = keeps_norms
         self._assumed = assumed
-        self._seed = seed
-        self._probes: dict[int, Probe] = {}
+        self._directions = Directions(self._parameters, seed)
+        self._ledger = Ledger(
+            self._parameters,
+            self._directions,
+            measured=self._measured,
+            keeps_local=keeps_local,
+            keeps_norms=keeps_norms,
+        )
         self._handles: list[RemovableHandle] = []
         self._unsharded: set[int] = set()
-        self._examples = 0
         self._clear()
 
-    def _clear(self) -> None:
+    def _clear(self, examples: int = 0) -> None:
         self.uses = []
+        self._examples = examples
         self._calls: dict[int, int] = defaultdict(int)
-        self._found: dict[int, tuple[Tensor, Tensor]] = {}
-        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
-        self._local: dict[int, Tensor] = {}
-        self._misses: dict[int, str] = {}
-        self._digits = 64
-        self._came_in_parts = False
+        self._ledger.clear(examples)
         self._error: Exception | None = None
 
     def __enter__(self) -> "GhostRecorder":
@@ -161,27 +156,19 @@ class GhostRecorder:
 
     def begin(self, examples: int) -> None:
         """Expect a forward and backward pass of so many examples."""
-        self._clear()
-        self._examples = examples
+        self._clear(examples)
 
     def finish(self) -> Recorded:
         """Return what the backward pass showed.
 
         Raises:
-            MeasurementError: something could not be recorded.
+            MeasurementError: something could not be recorded, or is not finite.
         """
         if self._error is not None:
             raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
-        self._add_waiting()
-        recorded = Recorded(
-            self._examples,
-            {i: norms for i, (norms, _) in self._found.items()},
-            dict(self._misses),
-            sum((wanted.cpu() for wanted, _ in self._gradients.values()), torch.zeros(DIRECTIONS, dtype=torch.float64)),
-            self._gradient_sq_norm(),
-            {index: float(norm) for index, norm in self._local.items()} if self._keeps_local else None,
-        )
-        self._compare(recorded)
+        with torch.no_grad():
+            self._measure_waiting()
+            recorded = self._ledger.balance()
         self._clear()
         return recorded
 
@@ -228,7 +215,7 @@ class GhostRecorder:
     def _on_gradient(self, use: Use, gradient: Tensor) -> None:
         if use.is_reached:
             for index in use.parameters.values():
-                self._misses[index] = "it takes part in more than one backward pass"
+                self._ledger.misses[index] = "it takes part in more than one backward pass"
             return
         use.is_reached, use.output_gradient = True, gradient.detach()
         if self._layouts is None or self._shared.intersection(use.parameters.values()):
@@ -237,12 +224,11 @@ class GhostRecorder:
         self.uses.remove(use)
         use.release()
 
-    def _add_waiting(self) -> None:
+    def _measure_waiting(self) -> None:
         """Measure what was kept until the whole backward pass was seen."""
-        with torch.no_grad():
-            together = [use for use in self.uses if use.output_gradient is not None]
-            if self._layouts is not None and together:
-                self._measure(together)
+        together = [use for use in self.uses if use.output_gradient is not None]
+        if self._layouts is not None and together:
+            self._measure(together)
 
     def _measure(self, uses: Sequence[Use]) -> None:
         contributions: dict[int, list[Contributions]] = defaultdict(list)
@@ -251,7 +237,7 @@ class GhostRecorder:
             for name, index in use.parameters.items():
                 layout = self._layout(index, use.ordinals[name], use.leading)
                 if layout is None:
-                    self._misses.setdefault(
+                    self._ledger.misses.setdefault(
                         index, f"the leading dimensions {use.leading} of its layer's input do not hold the examples"
                     )
                     continue
@@ -262,16 +248,13 @@ class GhostRecorder:
                     contributions[index].append(by_layout[layout][name])
             self._note_precision(use)
         for index, found in contributions.items():
-            if index in self._found:
-                self._misses[index] = "it was used more often than before"
-                continue
-            self._found[index] = added(found).measure(self._probe(index))
+            self._ledger.contribute(index, added(found))
 
     def _note_precision(self, use: Use) -> None:
         if use.output_gradient is not None:
             bits = torch.finfo(use.output_gradient.dtype).bits
             rounds = bits == 32 and use.output_gradient.is_cuda and allows_tf32()
-            self._digits = min(self._digits, 16 if rounds else bits)
+            self._ledger.note_precision(16 if rounds else bits)
 
     def _layout(self, index: int, ordinal: int, leading: tuple[int, ...]) -> Layout | None:
         if self._layouts is None:
@@ -280,68 +263,17 @@ class GhostRecorder:
         return layout if layout is not None and layout.fits(leading, self._examples) else None
 
     def _gradient_hook(self, index: int) -> Callable[[Tensor], None]:
-        return lambda gradient: self._guarded(lambda: self._on_parameter(index, gradient))
-
-    def _on_parameter(self, index: int, gradient: Tensor) -> None:
-        if gradient.is_complex():
-            self._misses[index] = "it is complex"
-            self._gradients[index] = torch.zeros(DIRECTIONS, dtype=torch.float64), sum_of_squares([gradient])
-            return
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        projected = self._probe(index).of(dense)
-        sq_norm = sum_of_squares([dense]) if self._keeps_norms else projected.square().mean()  # which is about that
-        if index in self._gradients:  # a re-entrant checkpoint runs a backward pass of its own
-            self._came_in_parts = True
-            before_it, norm_before = self._gradients[index]
-            projected, sq_norm = before_it + projected, norm_before + sq_norm
-        self._gradients[index] = projected, sq_norm
-        if self._keeps_local:
-            before = self._parameters[index].grad
-            so_far = dense if before is None else dense + before.detach()
-            self._local[index] = sum_of_squares([so_far])
-
-    def _gradient_sq_norm(self) -> float | None:
-        if self._came_in_parts or not self._keeps_norms:
-            return None
-        return float(sum(norm.cpu() for _, norm in self._gradients.values()))
+        return lambda gradient: self._guarded(lambda: self._ledger.receive(index, gradient))
 
     def projected(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return the projections of all parameters' gradients together, shape (p,), float64."""
-        found = (
-            self._probe(index).of(gradient.to_dense() if gradient.is_sparse else gradient).cpu()
-            for index, gradient in enumerate(gradients)
-            if gradient is not None and not gradient.is_complex()
+        return self._directions.of(
+            {
+                index: gradient.to_dense() if gradient.is_sparse else gradient
+                for index, gradient in enumerate(gradients)
+                if gradient is not None and not gradient.is_complex()
+            }
         )
-        return sum(found, torch.zeros(DIRECTIONS, dtype=torch.float64))
-
-    def _probe(self, index: int) -> Probe:
-        if index not in self._probes:
-            generator = torch.Generator().manual_seed(1_000_003 * self._seed + index)
-            self._probes[index] = Probe.draw(self._parameters[index], generator)
-        return self._probes[index]
-
-    def _compare(self, recorded: Recorded) -> None:
-        """Compare, parameter by parameter, what the examples add up to with the gradient."""
-        zeros = torch.zeros(DIRECTIONS, dtype=torch.float64)
-        indices = sorted((self._found.keys() | self._gradients.keys()) & self._measured)
-        if not indices:
-            return
-        rows = []
-        for index in indices:
-            norms, projected = self._found.get(index, (zeros[:1], zeros))
-            wanted, sq_norm = self._gradients.get(index, (zeros, zeros[0]))
-            worst = (projected.cpu() - wanted.cpu()).abs().max()
-            rows.append(torch.stack([worst, (norms.sum() + sq_norm.to(norms.device)).cpu()]))
-        errors, scales = torch.stack(rows).T
-        if not bool(torch.isfinite(scales).all()):
-            raise MeasurementError("The step's gradients are not finite.")
-        # Rounding errors of a gradient that cancels within each example are those of what cancels.
-        relative, of_all = _ROUNDING[self._digits]
-        slack = of_all * scales.sum().sqrt()
-        for index, error, scale in zip(indices, errors.tolist(), scales.tolist(), strict=True):
-            if not error <= relative * scale**0.5 + float(slack):
-                reason = "it is used outside of its layer" if index in self._found else "no layer with a rule uses it"
-                recorded.misses.setdefault(index, reason)
 
 
 def allows_tf32() -> bool:

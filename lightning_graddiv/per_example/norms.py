@@ -1,12 +1,15 @@
 """Squared norms, added up in float64 without float64 copies."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 _BLOCK = 1024
 """Entries whose squares are added in float32."""
+
+_SMALL = 4096
+"""Entries up to which a float64 copy takes less time than a call of its own."""
 
 _SMALLEST_SAFE_SQUARE = 1e-24
 """Above it, squares that float32 rounds to zero do not count."""
@@ -17,6 +20,21 @@ def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Ten
     rows = [_rows(real_view(gradient), len(gradient) if per_row else 1) for gradient in gradients]
     total = torch.stack([_sq_norms(entries.to(sum_dtype(entries))) for entries in rows]).sum(0)
     return total if per_row else total[0]
+
+
+def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
+    """Return the squared norm of each tensor, shape (len(tensors),), float64, on the processor; small ones at once."""
+    small = [i for i, tensor in enumerate(tensors) if tensor.numel() <= _SMALL]
+    norms = {i: sum_of_squares([tensor]) for i, tensor in enumerate(tensors) if tensor.numel() > _SMALL}
+    listed = list(tensors)
+    for device in {listed[i].device for i in small}:
+        chosen = [i for i in small if listed[i].device == device]
+        entries = [real_view(listed[i]).flatten() for i in chosen]
+        squares = torch.cat(entries).double().square_().split([len(own) for own in entries])
+        norms |= dict(zip(chosen, torch.stack([own.sum() for own in squares]).cpu(), strict=True))
+    if not norms:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack([norms[i].cpu() for i in range(len(norms))])
 
 
 def _sq_norms(rows: Tensor) -> Tensor:

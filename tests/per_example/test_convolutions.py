@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_graddiv.per_example import convolutions
 from lightning_graddiv.per_example.convolutions import Convolved
-from lightning_graddiv.per_example.factors import Probe
+from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -52,10 +52,9 @@ def gradients_of(layer, rows, output_gradients):
     )
 
 
-def is_early(layer, outputs):
-    """Tell whether a layer has so many positions that its gradients are cheaper than products between positions."""
-    positions, fan_in, fan_out = outputs[0, 0].numel(), layer.weight[0].numel(), len(layer.weight) // layer.groups
-    return positions * (fan_in + fan_out) >= fan_in * fan_out
+def take(monkeypatch, *, pixels):
+    """Take one of the two ways, whichever is cheaper."""
+    monkeypatch.setattr(Convolved, "takes_pixels", pixels)
 
 
 def refuse(*_):
@@ -64,13 +63,13 @@ def refuse(*_):
 
 def assert_rule_holds(layer, inputs, many, monkeypatch):
     output_gradients = torch.randn_like(layer(inputs))
-    assert is_early(layer, output_gradients) == many
     kind = layer_type(layer)
     assert kind.leading(layer, inputs) == 1
     found = kind.contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))
     alone = [gradients_of(layer, inputs[i : i + 1], output_gradients[i : i + 1]) for i in range(N)]
     expected = {name: torch.stack([gradients[name] for gradients in alone]) for name in alone[0]}
-    assert_same(found, expected, "_outer" if many else "explicit", monkeypatch)
+    take(monkeypatch, pixels=not many)
+    assert_same(found, expected, "_norms_by_pixels" if many else "explicit", monkeypatch)
 
 
 def assert_same(found, expected, not_taken, monkeypatch):
@@ -83,7 +82,7 @@ def assert_same(found, expected, not_taken, monkeypatch):
         torch.testing.assert_close(part.explicit(), gradients[1:3], rtol=1e-10, atol=1e-10)
     monkeypatch.setattr(Convolved, not_taken, refuse)
     for name, gradients in expected.items():
-        probe = Probe.draw(gradients[0], torch.Generator().manual_seed(0))
+        probe = Directions([gradients[0]], 0).probe(0)
         norms, projections = found[name].measure(probe)
         torch.testing.assert_close(norms, gradients.flatten(1).square().sum(1), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(projections, probe.of(gradients.sum(0)), rtol=1e-10, atol=1e-10)
@@ -108,7 +107,7 @@ def test_every_padding_mode_is_that_of_the_layer(dimensions, mode, padding, many
 
 @pytest.mark.parametrize("options", [{}, OPTIONS["all at once"]], ids=["plain", "all at once"])
 @pytest.mark.parametrize("dimensions", TYPES)
-def test_large_weights_are_differentiated_one_row_at_a_time(dimensions, options, monkeypatch):
+def test_few_channels_are_differentiated_one_row_at_a_time_where_a_row_is_work(dimensions, options, monkeypatch):
     layer, inputs = convolution(dimensions, True, **options)
     calls, original = [], Convolved._weight_gradient
 
@@ -117,10 +116,13 @@ def test_large_weights_are_differentiated_one_row_at_a_time(dimensions, options,
         return original(self, inputs, output_gradients, rows)
 
     monkeypatch.setattr(Convolved, "_weight_gradient", spy)
-    for limit, taken in [(layer.weight.numel(), {N, 2}), (layer.weight.numel() - 1, {1})]:  # 2: some of them
+    work = layer.weight.numel() * layer(inputs)[0, 0].numel()
+    few = layer.weight.shape[1] + 1
+    for channels, limit, taken in [(few, work, {1}), (few - 1, work, {N, 2}), (few, work + 1, {N, 2})]:  # 2: some rows
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(convolutions, "_GROUPED_UP_TO", limit)
+            patch.setattr(convolutions, "_FEW_CHANNELS", channels)
+            patch.setattr(convolutions, "_WORK", limit)
             assert_rule_holds(layer, inputs, True, patch)
         assert set(calls) == taken
 
@@ -131,7 +133,8 @@ def test_large_weights_are_differentiated_one_row_at_a_time(dimensions, options,
 @pytest.mark.parametrize("dimensions", TYPES)
 def test_examples_of_several_rows_have_the_sum_of_their_contributions(dimensions, layout, many, large, monkeypatch):
     """The frames of a video, one after another or side by side."""
-    monkeypatch.setattr(convolutions, "_GROUPED_UP_TO", 0 if large else 10**9)
+    monkeypatch.setattr(convolutions, "_FEW_CHANNELS", 10**9 if large else 0)
+    monkeypatch.setattr(convolutions, "_WORK", 0)
     layer, _ = convolution(dimensions, many, groups=2, stride=(2, 1, 2), padding=(1, 1, 1))
     rows = torch.randn(N, 2, layer.in_channels, *((9 if many else 2,) * dimensions), dtype=torch.float64)
     output_gradients = torch.randn(N, *layer(rows[0]).shape, dtype=torch.float64)
@@ -141,20 +144,56 @@ def test_examples_of_several_rows_have_the_sum_of_their_contributions(dimensions
         rows, output_gradients = rows.transpose(0, 1), output_gradients.transpose(0, 1)
     arguments = [values.flatten(0, 1) for values in (rows, output_gradients)]
     found = layer_type(layer).contributions(layer, *arguments, Arrangement(layout, N))
-    assert_same(found, expected, "_outer" if many else "explicit", monkeypatch)
+    take(monkeypatch, pixels=not many)
+    assert_same(found, expected, "_norms_by_pixels" if many else "explicit", monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("rows", "positions", "many"), [(1, 10, False), (1, 11, True), (2, 5, False), (2, 6, True), (5, 2, False)]
+    ("channels", "extent", "rows", "options", "pixels"),
+    [
+        ((64, 64), 8, 1, {}, True),
+        ((64, 64), 16, 1, {}, False),
+        ((64, 64), 8, 2, {}, False),
+        ((64, 64), 8, 1, dict(groups=4), False),
+        ((64, 64), 8, 1, dict(stride=2), False),
+        ((512, 512), 8, 1, dict(stride=2), True),
+        ((3, 64), 32, 1, {}, False),
+    ],
+    ids=str,
 )
-def test_the_way_is_chosen_by_all_positions_of_an_example_and_the_size_of_a_group(rows, positions, many, monkeypatch):
-    layer = nn.Conv1d(16, 128, 4, groups=4).double()  # 16 x 32 numbers in a group: 10.7 positions cost the same
-    inputs = torch.randn(N * rows, 16, positions + 3, dtype=torch.float64)
-    output_gradients = torch.randn_like(layer(inputs))
+def test_the_way_is_chosen_by_pixels_positions_and_channels(channels, extent, rows, options, pixels):
+    layer = nn.Conv2d(*channels, 3, padding=1, **options)
+    inputs = torch.randn(2 * rows, channels[0], extent, extent)
     layout = Layout.FIRST if rows == 1 else Layout.FOLDED
-    found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(layout, N))
-    monkeypatch.setattr(Convolved, "_outer" if many else "explicit", refuse)
-    found["weight"].measure(Probe.draw(layer.weight, torch.Generator().manual_seed(0)))
+    found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(layout, 2))["weight"]
+    assert found.takes_pixels == pixels
+
+
+def test_norms_that_pixels_cancel_are_taken_from_the_gradient_itself(monkeypatch):
+    """Two positions with the same input and opposite output gradients: products of a million cancel to one."""
+    layer = nn.Conv1d(2, 2, 1)
+    inputs, output_gradients = torch.full((N, 2, 2), 1e3), torch.ones(N, 2, 2)
+    output_gradients[..., 1] = -1.0
+    output_gradients[1, 0, 1] += 1e-3  # 1.0 comes out with seven digits, or with none
+    take(monkeypatch, pixels=True)
+    found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))["weight"]
+    norms, _ = found.measure(Directions([layer.weight], 0).probe(0))
+    expected = found.explicit().double().flatten(1).square().sum(1)
+    torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)
+
+
+def test_few_examples_are_taken_at_a_time(monkeypatch):
+    layer, inputs = nn.Conv2d(2, 3, 3), torch.randn(8, 2, 6, 6)
+    found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, 8))["weight"]
+    take(monkeypatch, pixels=True)
+    probe = Directions([layer.weight], 0).probe(0)
+    together, _ = found.measure(probe)
+    sizes, original = [], Convolved._norms_by_pixels
+    monkeypatch.setattr(Convolved, "_norms_by_pixels", lambda self: (sizes.append(len(self)), original(self))[1])
+    monkeypatch.setattr(convolutions, "chunk_bytes", lambda device: 3 * 12 * 36**2)
+    apart, _ = found.measure(probe)
+    assert sizes == [3, 3, 2]
+    torch.testing.assert_close(apart, together)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -172,7 +211,7 @@ def test_tensors_that_training_made_are_not_written_to(many):
     output_gradients = torch.randn_like(layer(inputs))
     before = inputs.clone(), output_gradients.clone()
     found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))
-    found["weight"].measure(Probe.draw(layer.weight, torch.Generator().manual_seed(0)))
+    found["weight"].measure(Directions([layer.weight], 0).probe(0))
     assert torch.equal(inputs, before[0])
     assert torch.equal(output_gradients, before[1])
 

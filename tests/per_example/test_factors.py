@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_graddiv.per_example import factors
+from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Explicit, Lookup, Outer, Probe, Total, added
 
 N = 5
@@ -81,7 +81,7 @@ def build(name, seed=0):
 
 
 def probe_of(shape, seed=1, dtype=torch.float64):
-    return Probe.draw(torch.zeros(shape, dtype=dtype), torch.Generator().manual_seed(seed))
+    return Directions([torch.zeros(shape, dtype=dtype)], seed).probe(0)
 
 
 def projected(probe, gradient):
@@ -230,15 +230,6 @@ SHAPES = [(), (4,), (3, 5), (4, 2, 3, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_probe_is_the_same_on_every_process(shape):
-    parameter = nn.Parameter(torch.zeros(shape))
-    first, second, other = (Probe.draw(parameter, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first.left, second.left)
-    assert torch.equal(first.right, second.right)
-    assert not (torch.equal(first.left, other.left) and torch.equal(first.right, other.right))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_gradient_that_is_wrong_in_one_entry_is_noticed(shape):
     torch.manual_seed(0)
     probe, gradient = probe_of(shape), normal(*shape)
@@ -262,7 +253,7 @@ def test_a_gradient_that_is_wrong_by_what_sums_to_zero_is_noticed_whatever_the_s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_contributions_to_low_precision_parameters_are_projected_in_single_precision(dtype):
     parameter = torch.zeros(3, 1000, dtype=dtype)
-    probe = Probe.draw(parameter, torch.Generator().manual_seed(0))
+    probe = Directions([parameter], 0).probe(0)
     gradient = torch.rand(3, 1000).to(dtype)
     expected = projected(Probe(probe.left.double(), probe.right.double()), gradient.double())
     torch.testing.assert_close(probe.of(gradient), expected, rtol=0, atol=1e-3)
@@ -283,7 +274,7 @@ def test_an_empty_parameter_has_projections_of_zero(shape):
 )
 def test_examples_without_positions_contribute_nothing(contributions, shape):
     """A batch of sequences that are all empty."""
-    probe = Probe.draw(torch.zeros(shape), torch.Generator().manual_seed(0))
+    probe = Directions([torch.zeros(shape)], 0).probe(0)
     norms, projections = contributions.measure(probe)
     assert norms.tolist() == [0.0] * N
     assert projections.tolist() == [0.0] * 4

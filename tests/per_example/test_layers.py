@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_graddiv.per_example.factors import Probe
+from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.layers import LAYER_TYPES, Arrangement, Layout, layer_type, mixes_examples
 
 N = 4
@@ -37,7 +37,7 @@ def contributions_of(layer, inputs, output_gradients, arrangement=None):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, gradients in expected.items():
-        probe = Probe.draw(gradients[0], torch.Generator().manual_seed(0))
+        probe = Directions([gradients[0]], 0).probe(0)
         assert found[name].shape == gradients.shape[1:]
         assert len(found[name]) == len(gradients)
         torch.testing.assert_close(found[name].explicit(), gradients, rtol=1e-10, atol=1e-10)

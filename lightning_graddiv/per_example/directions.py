@@ -1,0 +1,77 @@
+"""Random directions in the space of a module's parameters, in which gradients are compared without keeping them."""
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_graddiv.per_example.factors import DIRECTIONS, Probe
+
+_LONGEST_VECTOR = 4096
+"""Biases and scales up to this length are handled together: one by one they would take most of the calls."""
+
+
+class Directions:
+    """A few directions for each parameter, drawn at once. The same seed gives the same ones on every process.
+
+    Args:
+        parameters: all that are compared.
+        seed: of the directions; another in every measurement.
+
+    Attributes:
+        vectors: the parameters of one dimension that are handled together, by index.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
+        self._parameters = list(parameters)
+        self._seed = seed
+        self.vectors = frozenset(i for i, p in enumerate(self._parameters) if _is_vector(p, self._parameters[0]))
+
+    def probe(self, index: int) -> Probe:
+        """Return the directions for one parameter, on its device."""
+        parameter, (start, middle, end) = self._parameters[index], self._places[index]
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        numbers = self._numbers[:, start:end].to(parameter.device, dtype)
+        return Probe(numbers[:, : middle - start], numbers[:, middle - start :])
+
+    def of(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        """Return the projections of dense real gradients, by index, taken together: shape (p,), float64."""
+        total = self.of_vectors({i: gradient for i, gradient in gradients.items() if i in self.vectors})
+        for index in gradients.keys() - self.vectors:
+            total += self.probe(index).of(gradients[index]).cpu()
+        return total
+
+    def of_vectors(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        """Return the same for some of :attr:`vectors`, in one product."""
+        if not gradients:
+            return torch.zeros(DIRECTIONS, dtype=torch.float64)
+        directions = torch.cat([self.probe(index).left for index in gradients], 1)
+        return (directions @ flat(gradients.values()).to(directions.dtype)).double().cpu()
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int, int]]:
+        """Where each parameter's numbers begin, where those for its columns do, and where they end."""
+        places, end = [], 0
+        for parameter in self._parameters:
+            start, rows = end, parameter.shape[0] if parameter.ndim > 0 else 1
+            end = start + rows + parameter.numel() // max(1, rows)
+            places.append((start, start + rows, end))
+        return places
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """Normal numbers, not signs: those overlook, half of the time, two rows that differ by opposite numbers."""
+        generator = torch.Generator().manual_seed(self._seed)
+        numbers = torch.randn(DIRECTIONS, self._places[-1][-1], generator=generator)
+        return numbers.to(self._parameters[0].device)
+
+
+def flat(tensors: Collection[Tensor]) -> Tensor:
+    """Return the tensors' entries one after another."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _is_vector(parameter: Tensor, first: Tensor) -> bool:
+    is_alike = (parameter.dtype, parameter.device) == (first.dtype, first.device)
+    return parameter.ndim == 1 and parameter.numel() <= _LONGEST_VECTOR and is_alike and not parameter.is_complex()

@@ -1,0 +1,56 @@
+"""The random directions in which gradients are compared."""
+
+import pytest
+import torch
+
+from lightning_graddiv.per_example.directions import Directions
+
+SHAPES = [(), (4,), (3, 5), (4, 2, 3, 3), (5000,), (6,)]
+
+
+def parameters(dtype=torch.float64):
+    return [torch.zeros(shape, dtype=dtype) for shape in SHAPES]
+
+
+def gradients():
+    generator = torch.Generator().manual_seed(3)
+    return {i: torch.randn(shape, generator=generator, dtype=torch.float64) for i, shape in enumerate(SHAPES)}
+
+
+def test_they_are_the_same_on_every_process_and_others_in_every_measurement():
+    first, second, other = (Directions(parameters(), seed) for seed in (1, 1, 2))
+    for index in range(len(SHAPES)):
+        probe, same, different = first.probe(index), second.probe(index), other.probe(index)
+        assert torch.equal(probe.left, same.left)
+        assert torch.equal(probe.right, same.right)
+        assert not torch.equal(probe.left, different.left)
+    numbers = torch.cat([torch.cat([p.left, p.right], 1) for p in map(first.probe, range(len(SHAPES)))], 1)
+    assert len(numbers.unique()) > 0.999 * numbers.numel()  # none serves two parameters
+
+
+def test_only_short_vectors_are_handled_together():
+    assert Directions(parameters(), 0).vectors == {1, 5}
+    assert Directions([torch.zeros(3), torch.zeros(3, dtype=torch.float64)], 0).vectors == {0}
+    assert Directions([torch.zeros(3, dtype=torch.complex64)], 0).vectors == set()
+    assert Directions([], 0).vectors == set()
+
+
+def test_all_parameters_together_are_the_sum_of_each():
+    directions, given = Directions(parameters(), 0), gradients()
+    expected = sum(
+        torch.stack([left @ gradient.flatten() for left in directions.probe(index).left])
+        if index in directions.vectors
+        else directions.probe(index).of(gradient)
+        for index, gradient in given.items()
+    )
+    torch.testing.assert_close(directions.of(given), expected, rtol=1e-12, atol=1e-12)
+    assert directions.of({}).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_a_parameter_that_is_left_out_counts_as_zero(index):
+    directions, given = Directions(parameters(), 0), gradients()
+    without = {i: gradient for i, gradient in given.items() if i != index}
+    zero = without | {index: torch.zeros(SHAPES[index], dtype=torch.float64)}
+    torch.testing.assert_close(directions.of(without), directions.of(zero))
+    assert float((directions.of(without) - directions.of(given)).abs().max()) > 0.01
