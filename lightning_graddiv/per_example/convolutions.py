@@ -123,7 +123,7 @@ class Convolved(Contributions):
         reach = [
             slice(0, (n - 1) * s + 1, s) for n, s in zip(self.output_gradients.shape[3:], self.stride, strict=True)
         ]
-        spread[(..., *reach)] = self.output_gradients
+        spread[(slice(None), slice(None), slice(None), *reach)] = self.output_gradients
         steps = self._steps()
         x, b = (values.unflatten(2, (self.groups, -1)).movedim(1, 3).flatten(3) for values in (pixels, spread))
         length = x.shape[-1] - steps[-1]
