@@ -235,7 +235,7 @@ class StepMeasurer:
             self._end(regrouped(self._seen(trainer, module, args)))
             return
         if self._step is None:
-            self._step = self._begun(trainer)
+            self._step = self._begun(trainer, is_one_pass=module.automatic_optimization)
         try:
             runs_again = self.engine == "ghost" and not self._is_sharded()
             loss = self._seen(trainer, module, args).loss() if runs_again else None
@@ -244,12 +244,14 @@ class StepMeasurer:
         except Exception as error:  # measuring must never end a training run
             self._error = error
 
-    def _begun(self, trainer: Any) -> InBandStep:
+    def _begun(self, trainer: Any, *, is_one_pass: bool) -> InBandStep:
         if self.engine == "microbatch":
             return GroupStep(self._parameters, seed=self._attempts)
+        is_sharded = self._is_sharded()
         return self._ghost.step(
             self._parameters,
-            compares_processes=trainer.world_size > 1 and not self._is_sharded(),
+            compares_processes=trainer.world_size > 1 and not is_sharded,
+            holds_all=is_one_pass and trainer.world_size * trainer.accumulate_grad_batches == 1 and not is_sharded,
             seed=self._attempts,
             noise_seed=self._noise_seed(trainer),
         )

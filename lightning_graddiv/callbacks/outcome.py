@@ -11,6 +11,7 @@ from lightning_graddiv.contributions import ContributionSums
 from lightning_graddiv.distributed import pool_over_ranks, smallest_over_ranks, summed_over_ranks, world_size
 from lightning_graddiv.diversity import GradientMoments, GradientSums
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, UncoveredError
 from lightning_graddiv.per_example.microbatch import GroupSums
@@ -93,13 +94,14 @@ def _seen(
     step: GhostStep, parameters: Sequence[nn.Parameter], error: Exception | None
 ) -> tuple[list[float], Tensor | None, Exception | None]:
     """Return this process's numbers, the projections of the applied gradient where it is whole, and what went wrong."""
-    norms, applied = [0.0], None
+    norms, applied, projections = [0.0], None, torch.zeros(DIRECTIONS, dtype=torch.float64)
     try:
-        norms = applied_sq_norms(parameters)
+        untouched = step.untouched_sq_norms()
+        norms = applied_sq_norms(parameters) if untouched is None else untouched
         if any(is_sharded(parameter) for parameter in parameters):
-            error = error or step.unreached([norm > 0 for norm in norms])
-        else:
-            applied = step.applied_projections()
+            error, projections = error or step.unreached([norm > 0 for norm in norms]), step.projections
+        elif untouched is None:
+            applied, projections = step.applied_projections(), step.projections
     except Exception as unexpected:  # measuring must never end a training run
         error = error or unexpected
     sums, measured = step.sums, set(step.covered)
@@ -118,7 +120,7 @@ def _seen(
         step.local_sq_norm or 0.0,
         sum(norm for index, norm in enumerate(norms) if index in measured),
         sum(norms),
-        *step.projections.tolist(),
+        *projections.tolist(),
     ]
     return numbers, applied, error
 
@@ -127,7 +129,8 @@ def _is_what_was_seen(applied: Tensor | None, local: Sequence[float], scale: flo
     """Compare the applied gradient with the mean of what the processes' backward passes gave; all processes agree.
 
     Args:
-        applied: its projections; None where no process holds it whole.
+        applied: its projections; None where there is nothing to compare: no process holds it whole, or it is known to be
+            what the only backward pass gave.
         local: the projections of the processes' own gradients, summed over them.
         scale: a squared norm that rounding errors are small against.
         device: of collectives.

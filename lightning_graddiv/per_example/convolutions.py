@@ -13,13 +13,7 @@ from typing_extensions import override
 from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Probe, chunk_bytes
 from lightning_graddiv.per_example.norms import sum_of_squares
 
-_FEW_CHANNELS = 8
-"""Below it, as for images, the library's grouped convolutions are slow: row by row is faster where a row is work."""
-
-_WORK = 400_000
-"""Products that make a row work."""
-
-_SHIFT = 16
+_SHIFT = 32
 """What adding one entry to another costs in products of a matrix product: it waits for memory."""
 
 
@@ -60,23 +54,24 @@ class Convolved(Contributions):
 
     @override
     def explicit(self) -> Tensor:
-        """Differentiate each row with the library's own kernel."""
+        """Differentiate each row with the library's own kernel: every row becomes a group of channels."""
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
-        rows, work = len(inputs), math.prod(self.shape) * math.prod(output_gradients.shape[2:])
-        if self.shape[1] < _FEW_CHANNELS and work >= _WORK:
-            each = [self._weight_gradient(inputs[i : i + 1], output_gradients[i : i + 1], 1) for i in range(rows)]
-            by_row = torch.stack(each)
-        else:  # every row becomes a group of channels
-            inputs, output_gradients = inputs.flatten(0, 1)[None], output_gradients.flatten(0, 1)[None]
-            by_row = self._weight_gradient(inputs, output_gradients, rows).unflatten(0, (rows, -1))
+        rows = len(inputs)
+        inputs, output_gradients = inputs.flatten(0, 1)[None], output_gradients.flatten(0, 1)[None]
+        by_row = self._weight_gradient(inputs, output_gradients, rows).unflatten(0, (rows, -1))
         if rows == len(self):
             return by_row
         return by_row.reshape(*self.inputs.shape[:2], *self.shape).sum(1)
 
+    @property
+    @override
+    def are_formed(self) -> bool:
+        return not self.takes_pixels
+
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Take the cheaper of the gradients themselves and products between the input's pixels."""
-        if not self.takes_pixels:
+        if self.are_formed:
             return super().measure(probe)
         pixels = self.inputs.shape[1] * math.prod(self._padded_space)
         size = max(1, chunk_bytes(self.device) // (12 * self.groups * pixels**2))

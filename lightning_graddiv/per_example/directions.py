@@ -1,15 +1,21 @@
 """Random directions in the space of a module's parameters, in which gradients are compared without keeping them."""
 
+import random
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_graddiv.per_example.factors import DIRECTIONS, Probe
 
-_LONGEST_VECTOR = 4096
-"""Biases and scales up to this length are handled together: one by one they would take most of the calls."""
+_SMALL = 2**16
+"""Parameters of up to so many numbers are kept until a pass is over and handled together: one by one, the calls would
+take longer than the work."""
+
+_ALREADY_DRAWN = 8
+"""Pools of random numbers that are kept, of different sizes."""
 
 
 class Directions:
@@ -20,13 +26,15 @@ class Directions:
         seed: of the directions; another in every measurement.
 
     Attributes:
-        vectors: the parameters of one dimension that are handled together, by index.
+        small: the parameters that can be handled together, by index.
+        vectors: those of them that have one dimension.
     """
 
     def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
         self._parameters = list(parameters)
         self._seed = seed
-        self.vectors = frozenset(i for i, p in enumerate(self._parameters) if _is_vector(p, self._parameters[0]))
+        self.small = frozenset(i for i, p in enumerate(self._parameters) if _is_small(p, self._parameters[0]))
+        self.vectors = frozenset(i for i in self.small if self._parameters[i].ndim == 1)
 
     def probe(self, index: int) -> Probe:
         """Return the directions for one parameter, on its device."""
@@ -61,10 +69,19 @@ class Directions:
 
     @cached_property
     def _numbers(self) -> Tensor:
-        """Normal numbers, not signs: those overlook, half of the time, two rows that differ by opposite numbers."""
-        generator = torch.Generator().manual_seed(self._seed)
-        numbers = torch.randn(DIRECTIONS, self._places[-1][-1], generator=generator)
-        return numbers.to(self._parameters[0].device)
+        size = max(1, self._places[-1][-1])
+        start = random.Random(self._seed).randrange(size)
+        return _pool(2 * size)[:, start : start + size].to(self._parameters[0].device)
+
+
+@lru_cache(maxsize=_ALREADY_DRAWN)
+def _pool(size: int) -> Tensor:
+    """Draw numbers once, of which every measurement takes others for a parameter: drawing takes longer than comparing.
+
+    Normal numbers, not signs: those overlook, half of the time, two rows that differ by opposite numbers. By NumPy, since
+    a proof makes torch's random numbers constant.
+    """
+    return torch.from_numpy(np.random.default_rng(size).standard_normal((DIRECTIONS, size), dtype=np.float32))
 
 
 def flat(tensors: Collection[Tensor]) -> Tensor:
@@ -72,6 +89,6 @@ def flat(tensors: Collection[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def _is_vector(parameter: Tensor, first: Tensor) -> bool:
+def _is_small(parameter: Tensor, first: Tensor) -> bool:
     is_alike = (parameter.dtype, parameter.device) == (first.dtype, first.device)
-    return parameter.ndim == 1 and parameter.numel() <= _LONGEST_VECTOR and is_alike and not parameter.is_complex()
+    return parameter.numel() <= _SMALL and is_alike and not parameter.is_complex()

@@ -44,7 +44,12 @@ class Probe:
     def of(self, gradient: Tensor) -> Tensor:
         """Return the projections of a gradient, shape (p,), float64."""
         matrix = gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
-        return ((matrix @ self.right.T) * self.left.T).sum(0, dtype=torch.float64)
+        return (self.left @ (matrix @ self.right.T)).diagonal().double()
+
+    def of_each(self, gradients: Tensor) -> Tensor:
+        """Return the projections of n gradients, shape (n, p), float64."""
+        matrices = gradients.reshape(len(gradients), self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
+        return ((matrices @ self.right.T) * self.left.T).sum(1, dtype=torch.float64)
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -79,14 +84,30 @@ class Contributions(ABC):
     def explicit(self) -> Tensor:
         """Return the contributions themselves, shape (n, ...), in at least float32."""
 
+    @property
+    def are_formed(self) -> bool:
+        """Whether the way to their norms forms the contributions themselves, so that their sum costs nothing."""
+        return True
+
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Return the squared norms, shape (n,), and the projections of their sum, shape (p,); float64."""
-        norms, projections = [], []
+        norms, total = self.norms_and_sum()
+        return norms, probe.of(total)
+
+    def norms_and_sum(self) -> tuple[Tensor, Tensor]:
+        """Return the squared norms, shape (n,), float64, and the sum of the contributions, which are formed for it."""
+        norms, total = [], None
         for part in self.chunks():
             explicit = part.explicit()
             norms.append(sum_of_squares([explicit], per_row=True))
-            projections.append(probe.of(explicit.sum(0)))
-        return torch.cat(norms), torch.stack(projections).sum(0)
+            total = explicit.sum(0) if total is None else total + explicit.sum(0)
+        if total is None:
+            raise ValueError("there are no examples")
+        return torch.cat(norms), total
+
+    def sketches(self, probe: Probe) -> Tensor:
+        """Return the projections of each contribution, shape (n, p), float64."""
+        return torch.cat([probe.of_each(part.explicit()) for part in self.chunks()])
 
     def chunks(self) -> Iterator["Contributions"]:
         """Yield all examples, so many at a time that their explicit contributions fit into little memory."""
@@ -125,8 +146,8 @@ class Explicit(Contributions):
         return self.values
 
     @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        return sum_of_squares([self.values], per_row=True), probe.of(self.values.sum(0))
+    def norms_and_sum(self) -> tuple[Tensor, Tensor]:
+        return sum_of_squares([self.values], per_row=True), self.values.sum(0)
 
 
 @dataclass(frozen=True)
@@ -160,27 +181,46 @@ class Outer(Contributions):
     def explicit(self) -> Tensor:
         return (self.output_gradients.transpose(-1, -2) @ self.inputs).reshape(len(self), *self.shape)
 
+    @property
+    @override
+    def are_formed(self) -> bool:
+        """Whether n (in, out) products over T positions are cheaper than products between positions."""
+        positions, fan_in, fan_out = *self.inputs.shape[2:], self.output_gradients.shape[-1]
+        return positions > 1 and positions * (fan_in + fan_out) > fan_in * fan_out
+
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        """Choose what is cheapest for n (in, out) products over T positions."""
-        n, groups, positions, fan_in = self.inputs.shape
-        fan_out = self.output_gradients.shape[-1]
-        if positions == 1:  # |b a'|^2 = |b|^2 |a|^2
-            return (_position_norms(self.inputs) * _position_norms(self.output_gradients)).sum(1), self._project(probe)
-        if positions * (fan_in + fan_out) > fan_in * fan_out:
+        n, groups, positions, _ = self.inputs.shape
+        if self.are_formed:
             return super().measure(probe)
+        if positions == 1:
+            return self._of_one_position(), self._project(probe)
         size = max(1, chunk_bytes(self.device) // max(1, 8 * groups * positions**2))
         norms = [self.at(slice(start, start + size))._by_gram() for start in range(0, n, size)]
         return torch.cat(norms), self._project(probe)
 
+    def _of_one_position(self) -> Tensor:
+        """|b a'|^2 = |b|^2 |a|^2."""
+        a, b = (sum_of_squares([v.flatten(0, 2)], per_row=True) for v in (self.inputs, self.output_gradients))
+        return a * b if self.inputs.shape[1] == 1 else (a * b).unflatten(0, self.inputs.shape[:2]).sum(1)
+
+    @override
+    def sketches(self, probe: Probe) -> Tensor:
+        return self._projected_positions(probe).sum((1, 2), dtype=torch.float64)
+
     def _project(self, probe: Probe) -> Tensor:
-        a, b, left = self.inputs, self.output_gradients, probe.left.unflatten(1, (self.inputs.shape[1], -1))
+        return self._projected_positions(probe).sum((0, 1, 2), dtype=torch.float64)
+
+    def _projected_positions(self, probe: Probe) -> Tensor:
+        """Return the projections of b_t a_t', shape (n, g, T, p)."""
+        a, b = self.inputs, self.output_gradients
         # One product of two matrices for each group, rather than one for each example.
-        inputs = (a.flatten(0, 2) @ probe.right.T).unflatten(0, a.shape[:3])  # (n, g, T, p)
+        inputs = (a.flatten(0, 2) @ probe.right.T).unflatten(0, a.shape[:3])
+        if b.shape[1] == 1:
+            return inputs * (b.flatten(0, 2) @ probe.left.T).unflatten(0, b.shape[:3])
+        left = probe.left.unflatten(1, (b.shape[1], -1))
         groups = [b[:, g].flatten(0, 1) @ left[:, g].T for g in range(b.shape[1])]  # of (n T, p)
-        outputs = torch.stack(groups).unflatten(1, (len(a), -1)).transpose(0, 1)
-        projections: Tensor = (inputs * outputs).sum((0, 1, 2), dtype=torch.float64)
-        return projections
+        return inputs * torch.stack(groups).unflatten(1, (len(a), -1)).transpose(0, 1)
 
     def _by_gram(self) -> Tensor:
         """|sum_t b_t a_t'|^2 = sum_{t,s} <a_t, a_s> <b_t, b_s>."""
@@ -227,11 +267,20 @@ class Lookup(Contributions):
         table = self.output_gradients.new_zeros(len(self), *self.shape)
         return table.scatter_add_(1, self.index[..., None].expand_as(self.output_gradients), self.output_gradients)
 
+    @property
+    @override
+    def are_formed(self) -> bool:
+        return False
+
+    @override
+    def sketches(self, probe: Probe) -> Tensor:
+        chosen = probe.left.T[self.index]  # (n, T, p)
+        return (chosen * (self.output_gradients @ probe.right.T)).sum(1, dtype=torch.float64)
+
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Add up the rows of equal tokens within an example before taking norms."""
-        chosen = probe.left.T[self.index]  # (n, T, p)
-        projections = (chosen * (self.output_gradients @ probe.right.T)).sum((0, 1), dtype=torch.float64)
+        projections = self.sketches(probe).sum(0)
         examples = torch.arange(len(self), device=self.index.device)[:, None]
         keys, inverse = torch.unique(examples * self.shape[0] + self.index, return_inverse=True)
         b = self.output_gradients
@@ -273,13 +322,28 @@ class Total(Contributions):
             total += part.explicit()
         return total
 
+    @property
+    @override
+    def are_formed(self) -> bool:
+        return self._table_and_head is None
+
+    @property
+    def _table_and_head(self) -> tuple[Outer, Lookup] | None:
+        outer = next((part for part in self.parts if isinstance(part, Outer)), None)
+        lookup = next((part for part in self.parts if isinstance(part, Lookup)), None)
+        return None if outer is None or lookup is None or len(self.parts) != 2 else (outer, lookup)
+
+    @override
+    def sketches(self, probe: Probe) -> Tensor:
+        return torch.stack([part.sketches(probe) for part in self.parts]).sum(0)
+
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """|u + v|^2 = |u|^2 + |v|^2 + 2 <u, v> where table and head share a weight; else what adds up."""
-        outer = next((part for part in self.parts if isinstance(part, Outer)), None)
-        lookup = next((part for part in self.parts if isinstance(part, Lookup)), None)
-        if outer is None or lookup is None or len(self.parts) != 2:
+        pair = self._table_and_head
+        if pair is None:
             return super().measure(probe)
+        outer, lookup = pair
         (u, of_u), (v, of_v) = outer.measure(probe), lookup.measure(probe)
         return (u + v + 2 * _inner(outer, lookup)).clamp_(min=0), of_u + of_v
 
@@ -304,8 +368,3 @@ def _inner(outer: Outer, lookup: Lookup) -> Tensor:
     index = lookup.index[:, None, :].expand(-1, b.shape[1], -1)
     products = b.gather(2, index) * (a @ lookup.output_gradients.transpose(1, 2))  # (n, T, S)
     return products.sum((1, 2), dtype=torch.float64)
-
-
-def _position_norms(values: Tensor) -> Tensor:
-    """Return |v_ig|^2 of values of shape (n, g, 1, d), one position each."""
-    return sum_of_squares([values.flatten(0, 1)], per_row=True).reshape(values.shape[:2])

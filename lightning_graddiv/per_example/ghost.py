@@ -182,7 +182,10 @@ class GhostRecorder:
             return
         start = time.perf_counter()
         try:
-            with torch.no_grad():
+            if torch.is_grad_enabled():  # in a forward pass, and where gradients are differentiated again
+                with torch.no_grad():
+                    record()
+            else:
                 record()
         except Exception as error:
             self._error = error
@@ -242,8 +245,7 @@ class GhostRecorder:
                     )
                     continue
                 if layout not in by_layout:
-                    with torch.autocast(use.inputs.device.type, enabled=False):
-                        by_layout[layout] = use.contributions(layout, self._examples)
+                    by_layout[layout] = use.contributions(layout, self._examples)
                 if name in by_layout[layout]:
                     contributions[index].append(by_layout[layout][name])
             self._note_precision(use)

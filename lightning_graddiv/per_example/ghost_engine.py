@@ -103,9 +103,15 @@ class GhostEngine:
         self._is_trusted = True
 
     def step(
-        self, parameters: Sequence[nn.Parameter], *, compares_processes: bool, seed: int, noise_seed: int
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        compares_processes: bool,
+        holds_all: bool,
+        seed: int,
+        noise_seed: int,
     ) -> GhostStep:
-        """Begin the measurement of a step."""
+        """Begin the measurement of a step; see :class:`.GhostStep`."""
         is_just_checked, self._is_just_checked = self._is_just_checked, False
         return GhostStep(
             parameters,
@@ -113,6 +119,7 @@ class GhostEngine:
             self.covered,
             self._rest,
             compares_processes=compares_processes,
+            holds_all=holds_all,
             seed=seed,
             noise_seed=noise_seed,
             graphs=self._graphs,

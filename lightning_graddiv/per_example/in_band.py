@@ -20,6 +20,7 @@ from lightning_graddiv.per_example.fingerprint import KnownGraphs
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.proof import GhostPlan
+from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.select import PerExampleEngine
 
 
@@ -47,12 +48,10 @@ class InBandStep(ABC):
         parameters: all that the optimizer holds and that require a gradient.
         recorder: of those.
 
-    Attributes:
-        projections: of this process's gradient, for a comparison with what the optimizer applies.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], recorder: GhostRecorder) -> None:
-        self.projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
+        self._projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
         self._parameters = list(parameters)
         self._recorder = recorder
         self._is_expecting = False
@@ -61,6 +60,11 @@ class InBandStep(ABC):
     def seconds(self) -> float:
         """Seconds spent in hooks."""
         return self._recorder.seconds
+
+    @property
+    def projections(self) -> Tensor:
+        """Of this process's gradient, for a comparison with what the optimizer applies: shape (p,), float64."""
+        return self._projections
 
     def applied_projections(self) -> Tensor:
         """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
@@ -111,6 +115,7 @@ class GhostStep(InBandStep):
         covered: the parameters to measure in-band, by index.
         rest: measures the others by running the step again; None: they are left out.
         compares_processes: whether this process's own gradient is asked for.
+        holds_all: whether one backward pass of this process is the whole step.
         seed: of random directions, the same on every process.
         noise_seed: of the rest's noise, another on every process.
         graphs: of the steps that were checked.
@@ -131,6 +136,7 @@ class GhostStep(InBandStep):
         rest: PerExampleEngine | None,
         *,
         compares_processes: bool,
+        holds_all: bool,
         seed: int,
         noise_seed: int,
         graphs: KnownGraphs,
@@ -142,11 +148,14 @@ class GhostStep(InBandStep):
             shared=plan.shared,
             measured=frozenset(covered),
             keeps_local=compares_processes,
+            keeps_norms=holds_all,
             assumed=plan.assumed,
             seed=seed,
         )
         super().__init__(parameters, recorder)
         self._graphs = graphs
+        self._holds_all = holds_all
+        self._only_pass: tuple[Received, float] | None = None
         self._is_just_checked = is_just_checked
         self.covered = list(covered)
         self.sums = StepSums()
@@ -210,10 +219,34 @@ class GhostStep(InBandStep):
             sum_weights=sums.sum_weights + self._weight * examples,
             sum_sq_weights=sums.sum_sq_weights + self._weight**2 * examples,
         )
-        self.projections += recorded.projections / scale
+        if self._holds_all:
+            self._only_pass = recorded.received, scale
+        else:
+            self._projections += recorded.received.projections() / scale
         self.local_sq_norm = self._local_sq_norm(recorded.local_sq_norms, scale)
         self._reached |= recorded.sq_norms.keys()
         self._pending_sq_norms = 0.0
+
+    @property
+    @override
+    def projections(self) -> Tensor:
+        if self._only_pass is None:
+            return self._projections
+        received, scale = self._only_pass
+        return received.projections() / scale
+
+    def untouched_sq_norms(self) -> list[float] | None:
+        """Return |gradient|^2 of each parameter where what is applied is what the only backward pass gave; else None.
+
+        Nothing has to be read again then: no pass over the weights.
+        """
+        if self._only_pass is None:
+            return None
+        received, scale = self._only_pass
+        if not received.is_still([parameter.grad for parameter in self._parameters]):
+            return None
+        sq_norms = received.sq_norms()
+        return [sq_norms.get(index, 0.0) / scale**2 for index in range(len(self._parameters))]
 
     def _local_sq_norm(self, found: dict[int, float] | None, scale: float) -> float | None:
         indices = range(len(self._parameters)) if self.measures_rest else self.covered
@@ -269,5 +302,5 @@ class GroupStep(InBandStep):
                 " Use `checkpoint(..., use_reentrant=False)`.",
                 lasting=True,
             )
-        self.projections += recorded.projections / scale
+        self._projections += recorded.received.projections() / scale
         self.groups.append((recorded.gradient_sq_norm * (self.divisor / scale) ** 2, float(self._examples)))

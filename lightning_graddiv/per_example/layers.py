@@ -163,8 +163,13 @@ def _linear(
         a = arrange(inputs, inputs.ndim - 1)
         found["weight"] = Outer(a.unsqueeze(1), b.unsqueeze(1), layer.weight.shape)
     if _wants(layer.bias):
-        found["bias"] = Explicit(b.sum(1))
+        found["bias"] = Explicit(_over_positions(b))
     return found
+
+
+def _over_positions(values: Tensor) -> Tensor:
+    """Sum values of shape (n, T, ...) over an example's positions: a view where there is one."""
+    return values[:, 0] if values.shape[1] == 1 else values.sum(1)
 
 
 def _convolution(
@@ -174,7 +179,7 @@ def _convolution(
     if _wants(layer.weight):
         found["weight"] = convolution_weight(layer, inputs, output_gradients, arrange)
     if _wants(layer.bias):
-        found["bias"] = Explicit(arrange(output_gradients.flatten(2).sum(2), 1).sum(1))
+        found["bias"] = Explicit(_over_positions(arrange(output_gradients.flatten(2).sum(2), 1)))
     return found
 
 
@@ -208,10 +213,10 @@ def _affine(
         normalized, output_gradients = normalized.flatten(seen), output_gradients.flatten(seen)
     if _wants(layer.weight):
         products = torch.linalg.vecdot(normalized, output_gradients) if has_space else normalized * output_gradients
-        found["weight"] = Explicit(arrange(products, leading).sum(1))
+        found["weight"] = Explicit(_over_positions(arrange(products, leading)))
     if _wants(getattr(layer, "bias", None)):
         sums = output_gradients.sum(-1) if has_space else output_gradients
-        found["bias"] = Explicit(arrange(sums, leading).sum(1))
+        found["bias"] = Explicit(_over_positions(arrange(sums, leading)))
     return found
 
 

@@ -1,6 +1,6 @@
 """Both sides of a backward pass: what the examples contribute to each parameter, and the gradient that it receives."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from torch import Tensor
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.directions import Directions, flat
 from lightning_graddiv.per_example.factors import DIRECTIONS, Contributions, Explicit
-from lightning_graddiv.per_example.norms import sq_norm_of_each, sum_of_squares
+from lightning_graddiv.per_example.norms import on_processor, sums_of_segments
+from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.records import Recorded
 
 _ROUNDING = {16: (5e-2, 1e-5), 32: (2e-4, 1e-6), 64: (1e-8, 1e-12)}
@@ -22,8 +23,8 @@ _FEW_NUMBERS = 2**14
 class Ledger:
     """Enters contributions and gradients as a backward pass gives them, and balances them in the end.
 
-    A parameter with more than one dimension is compared in random directions; biases and scales, which are many and
-    small, entry by entry and all at once.
+    Small parameters, which are many, are compared entry by entry and all at once, where the sum of the contributions
+    costs nothing; the others in random directions.
 
     Args:
         parameters: all parameters.
@@ -55,12 +56,11 @@ class Ledger:
         self._examples = examples
         self._sq_norms: dict[int, Tensor] = {}
         self._waiting: dict[int, Tensor] = {}
-        self._found: dict[int, Tensor] = {}
-        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
-        self._vectors: dict[int, Tensor] = {}
-        self._local: dict[int, Tensor] = {}
-        self._local_vectors: dict[int, Tensor] = {}
-        self._came_in_parts = False
+        self._sums: dict[int, Tensor] = {}
+        self._projections: dict[int, Tensor] = {}
+        self._received = Received(
+            self._parameters, self._directions, keeps_norms=self._keeps_norms, keeps_local=self._keeps_local
+        )
         self._digits = 64
 
     def note_precision(self, digits: int) -> None:
@@ -69,38 +69,31 @@ class Ledger:
 
     def contribute(self, index: int, contributions: Contributions) -> None:
         """Enter what the examples contribute to a parameter."""
-        if index in self._found or index in self._waiting:
+        if index in self._sq_norms or index in self._waiting:
             self.misses[index] = "it was used more often than before"
-        elif index not in self._directions.vectors:
-            self._sq_norms[index], self._found[index] = contributions.measure(self._directions.probe(index))
-        elif isinstance(contributions, Explicit) and contributions.values.numel() <= _FEW_NUMBERS:
-            self._waiting[index] = contributions.values
+        elif self._is_compared_by_entries(index, contributions):
+            is_few = isinstance(contributions, Explicit) and contributions.values.numel() <= _FEW_NUMBERS
+            if is_few and index in self._directions.vectors:
+                self._waiting[index] = contributions.explicit()
+            else:
+                self._sq_norms[index], self._sums[index] = contributions.norms_and_sum()
         else:
-            values = contributions.explicit()
-            self._sq_norms[index], self._found[index] = sum_of_squares([values], per_row=True), values.sum(0)
+            self._sq_norms[index], self._projections[index] = contributions.measure(self._directions.probe(index))
+
+    def _is_compared_by_entries(self, index: int, contributions: Contributions) -> bool:
+        """Tell whether the sum is there for nothing, and so will the gradient be: this is known before it comes by."""
+        is_kept = index not in self._received or self._received.entries(index) is not None
+        is_cheap = index in self._directions.vectors or contributions.are_formed
+        return index in self._directions.small and is_cheap and is_kept
 
     def receive(self, index: int, gradient: Tensor) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has."""
         if gradient.is_complex():
             self.misses[index] = "it is complex"
-            self._gradients[index] = torch.zeros(DIRECTIONS, dtype=torch.float64), sum_of_squares([gradient])
-            return
-        dense, before = gradient.to_dense() if gradient.is_sparse else gradient, self._parameters[index].grad
-        so_far = dense if before is None or not self._keeps_local else dense + before.detach()
-        # A re-entrant checkpoint runs a backward pass of its own, and then there is a second part.
-        self._came_in_parts |= index in self._gradients or index in self._vectors
-        if index in self._directions.vectors:
-            # The tensor itself, not an alias: autograd adds in place to gradients that nobody else holds.
-            self._vectors[index] = dense if index not in self._vectors else self._vectors[index] + dense
-            self._local_vectors[index] = so_far
-            return
-        projected = self._directions.probe(index).of(dense)
-        sq_norm = sum_of_squares([dense]) if self._keeps_norms else projected.square().mean()  # which is about that
-        if index in self._gradients:
-            projected, sq_norm = projected + self._gradients[index][0], sq_norm + self._gradients[index][1]
-        self._gradients[index] = projected, sq_norm
-        if self._keeps_local:
-            self._local[index] = sum_of_squares([so_far])
+            self._received.add_complex(index, gradient)
+        else:
+            keep = index in self._directions.vectors or index in self._sums
+            self._received.add(index, gradient, keep=keep)
 
     def balance(self) -> Recorded:
         """Compare, parameter by parameter, what the examples add up to with the gradient; return what was entered.
@@ -109,26 +102,15 @@ class Ledger:
             MeasurementError: something is not finite.
         """
         self._enter_waiting()
-        vector_norms = sq_norm_of_each(self._vectors.values())
-        sq_norms = dict(zip(self._vectors, vector_norms, strict=True)) | {i: s for i, (_, s) in self._gradients.items()}
+        sq_norms = self._received.sq_norms()
         self._compare(sq_norms)
-        projections = sum((projected.cpu() for projected, _ in self._gradients.values()), _ZEROS)
-        gradient_sq_norm = None
-        if self._keeps_norms and not self._came_in_parts:
-            gradient_sq_norm = _total(sq_norms.values())
-        local = None
-        if self._keeps_local:
-            norms = sq_norm_of_each(self._local_vectors.values()).tolist()
-            local = {i: float(norm) for i, norm in self._local.items()} | dict(
-                zip(self._local_vectors, norms, strict=True)
-            )
         recorded = Recorded(
             self._examples,
             self._sq_norms,
             self.misses,
-            projections + self._directions.of_vectors(self._vectors),
-            gradient_sq_norm,
-            local,
+            self._received,
+            sum(sq_norms.values()) if self._keeps_norms and not self._received.came_in_parts else None,
+            self._received.local_sq_norms() if self._keeps_local else None,
         )
         self.clear()
         return recorded
@@ -138,22 +120,18 @@ class Ledger:
         if not self._waiting:
             return
         values = torch.cat(list(self._waiting.values()), 1).double()
-        sums = values.sum(0)
-        for index, of_one, squares in zip(
-            self._waiting,
-            sums.split([v.shape[1] for v in self._waiting.values()]),
-            values.square_().split([v.shape[1] for v in self._waiting.values()], 1),
-            strict=True,
-        ):
-            self._sq_norms[index], self._found[index] = squares.sum(1), of_one
+        rows = [self._parameters[index] for index in self._waiting]
+        self._sums |= dict(zip(self._waiting, values.sum(0).split([len(row) for row in rows]), strict=True))
+        norms = sums_of_segments(values.square_().T.contiguous(), rows)
+        self._sq_norms |= dict(zip(self._waiting, norms, strict=True))
 
-    def _compare(self, received: dict[int, Tensor]) -> None:
-        indices = sorted((self._found.keys() | received.keys()) & self._measured)
+    def _compare(self, received: dict[int, float]) -> None:
+        indices = sorted((self._sq_norms.keys() | received.keys()) & self._measured)
         if not indices:
             return
-        zero = torch.zeros((), dtype=torch.float64)
-        own = torch.stack([self._sq_norms[i].sum().cpu() if i in self._sq_norms else zero for i in indices])
-        scales = own + torch.stack([received.get(i, zero).cpu() for i in indices])
+        norms = on_processor(list(self._sq_norms.values())).reshape(len(self._sq_norms), self._examples).sum(1)
+        own = dict(zip(self._sq_norms, norms.tolist(), strict=True))
+        scales = torch.tensor([own.get(i, 0.0) + received.get(i, 0.0) for i in indices], dtype=torch.float64)
         if not bool(torch.isfinite(scales).all()):
             raise MeasurementError("The step's gradients are not finite.")
         errors = self._errors(indices)
@@ -162,36 +140,34 @@ class Ledger:
         allowed = relative * scales.sqrt() + of_all * scales.sum().sqrt()
         for index, is_close in zip(indices, (errors <= allowed).tolist(), strict=True):
             if not is_close:
-                reason = "it is used outside of its layer" if index in self._found else "no layer with a rule uses it"
+                reason = "it is used outside of its layer" if index in own else "no layer with a rule uses it"
                 self.misses.setdefault(index, reason)
 
     def _errors(self, indices: Sequence[int]) -> Tensor:
         """Return how far the sums of contributions are from the gradients, shape (len(indices),), float64."""
-        vectors = [index for index in indices if index in self._directions.vectors]
-        found, wanted = [self._sides(index)[0] for index in vectors], [self._sides(index)[1] for index in vectors]
-        errors = {}
-        if vectors:
-            difference = flat(found).double() - flat(wanted).double()
-            sizes = [len(side) for side in wanted]
-            errors = dict(zip(vectors, sq_norm_of_each(difference.split(sizes)).sqrt(), strict=True))
+        by_entries = [i for i in indices if i in self._sums and self._received.entries(i) is not None]
+        errors = dict(zip(by_entries, self._distances(by_entries), strict=True)) if by_entries else {}
         others = [index for index in indices if index not in errors]
         if others:
-            found, wanted = ([side.cpu() for side in sides] for sides in zip(*map(self._sides, others), strict=True))
-            worst = (torch.stack(found) - torch.stack(wanted)).abs().amax(1)
+            sides = [(self._projected(index), self._received.of(index)) for index in others]
+            found, wanted = (
+                [_ZEROS if side is None else side for side in of_all] for of_all in zip(*sides, strict=True)
+            )
+            worst = (on_processor(found) - on_processor(wanted)).abs().amax(1)
             errors |= dict(zip(others, worst, strict=True))
         return torch.stack([errors[index] for index in indices])
 
-    def _sides(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return what was found and what is wanted, in the form in which a parameter is compared."""
-        if index in self._directions.vectors:
-            parameter = self._parameters[index]
-            nothing = torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
-            return self._found.get(index, nothing), self._vectors.get(index, nothing)
-        return self._found.get(index, _ZEROS), self._gradients.get(index, (_ZEROS, _ZEROS))[0]
+    def _distances(self, indices: Sequence[int]) -> Tensor:
+        """Return the norms of differences, entry by entry."""
+        wanted = [self._received.entries(index) for index in indices]
+        kept = [gradient.flatten() for gradient in wanted if gradient is not None]
+        difference = flat([self._sums[index] for index in indices]).double() - flat(kept).double()
+        return sums_of_segments(difference.square_(), kept).sqrt().cpu()
+
+    def _projected(self, index: int) -> Tensor | None:
+        if index in self._sums:
+            return self._directions.probe(index).of(self._sums[index])
+        return self._projections.get(index)
 
 
 _ZEROS = torch.zeros(DIRECTIONS, dtype=torch.float64)
-
-
-def _total(numbers: Iterable[Tensor]) -> float:
-    return float(sum(number.cpu() for number in numbers))

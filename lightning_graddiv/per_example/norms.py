@@ -1,5 +1,6 @@
 """Squared norms, added up in float64 without float64 copies."""
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -18,23 +19,36 @@ _SMALLEST_SAFE_SQUARE = 1e-24
 def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Tensor:
     """Add up squared entries over all parameters in float64; with ``per_row`` one sum for each leading index."""
     rows = [_rows(real_view(gradient), len(gradient) if per_row else 1) for gradient in gradients]
-    total = torch.stack([_sq_norms(entries.to(sum_dtype(entries))) for entries in rows]).sum(0)
+    norms = [_sq_norms(entries.to(sum_dtype(entries))) for entries in rows]
+    total = norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
     return total if per_row else total[0]
 
 
 def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
     """Return the squared norm of each tensor, shape (len(tensors),), float64, on the processor; small ones at once."""
-    small = [i for i, tensor in enumerate(tensors) if tensor.numel() <= _SMALL]
-    norms = {i: sum_of_squares([tensor]) for i, tensor in enumerate(tensors) if tensor.numel() > _SMALL}
     listed = list(tensors)
+    norms = {i: sum_of_squares([tensor]) for i, tensor in enumerate(listed) if tensor.numel() > _SMALL}
+    small = [i for i in range(len(listed)) if i not in norms]
     for device in {listed[i].device for i in small}:
         chosen = [i for i in small if listed[i].device == device]
         entries = [real_view(listed[i]).flatten() for i in chosen]
-        squares = torch.cat(entries).double().square_().split([len(own) for own in entries])
-        norms |= dict(zip(chosen, torch.stack([own.sum() for own in squares]).cpu(), strict=True))
-    if not norms:
+        norms |= dict(zip(chosen, sums_of_segments(torch.cat(entries).double().square_(), entries), strict=True))
+    return on_processor([norms[i] for i in range(len(listed))])
+
+
+def sums_of_segments(values: Tensor, segments: Sequence[Tensor]) -> Tensor:
+    """Return what consecutive segments of ``values``, as long as ``segments``, add up to: shape (segments, ...)."""
+    lengths = torch.tensor([len(segment) for segment in segments], device=values.device)
+    total: Tensor = torch.segment_reduce(values, "sum", lengths=lengths)
+    return total
+
+
+def on_processor(numbers: Sequence[Tensor]) -> Tensor:
+    """Stack small tensors of float64 on the processor: one transfer where they lie on one device."""
+    if not numbers:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([norms[i].cpu() for i in range(len(norms))])
+    is_together = len({number.device for number in numbers}) == 1
+    return torch.stack([number if is_together else number.cpu() for number in numbers]).cpu()
 
 
 def _sq_norms(rows: Tensor) -> Tensor:
@@ -44,16 +58,22 @@ def _sq_norms(rows: Tensor) -> Tensor:
     row of ten million entries is off by 7e-4. Where squares may leave float32's range, the copy after all.
     """
     if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        whole = rows.shape[1] // _BLOCK * _BLOCK
-        blocks = rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK)
-        norms = torch.cat(
-            [torch.linalg.vector_norm(part, dim=-1).double() for part in (blocks, rows[:, None, whole:])], 1
-        )
-        sq_norms = norms.square().sum(-1)
-        if bool(((sq_norms > _SMALLEST_SAFE_SQUARE) & sq_norms.isfinite()).all()):
-            return sq_norms
+        sq_norms = _in_blocks(rows)
+        if sq_norms.numel() > 0:
+            smallest, largest = torch.stack(torch.aminmax(sq_norms)).tolist()
+            if smallest > _SMALLEST_SAFE_SQUARE and largest < math.inf:
+                return sq_norms
     exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
     return exact
+
+
+def _in_blocks(rows: Tensor) -> Tensor:
+    if rows.shape[1] <= _BLOCK:
+        return torch.linalg.vector_norm(rows, dim=-1).double().square_()
+    whole = rows.shape[1] // _BLOCK * _BLOCK
+    blocks = rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK)
+    sq_norms = torch.linalg.vector_norm(blocks, dim=-1).double().square_().sum(-1)
+    return sq_norms if whole == rows.shape[1] else sq_norms + _in_blocks(rows[:, whole:])
 
 
 def _rows(values: Tensor, rows: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout
+from lightning_graddiv.per_example.received import Received
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Recorded:
         examples: n.
         sq_norms: squared norms of the contributions, shape (n,), float64.
         misses: why a parameter is not accounted for.
-        projections: of the gradient of this pass, shape (p,), float64.
+        received: the gradients of this pass.
         gradient_sq_norm: of this pass, over all parameters; None where one of them came in parts, or not asked for.
         local_sq_norms: ``|gradient so far|^2``, this pass included, of the parameters that it reached; None where not
             asked for.
@@ -77,7 +78,7 @@ class Recorded:
     examples: int
     sq_norms: dict[int, Tensor]
     misses: dict[int, str]
-    projections: Tensor
+    received: Received
     gradient_sq_norm: float | None
     local_sq_norms: dict[int, float] | None
 

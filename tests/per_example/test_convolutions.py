@@ -105,36 +105,11 @@ def test_every_padding_mode_is_that_of_the_layer(dimensions, mode, padding, many
     assert_rule_holds(layer, inputs, many, monkeypatch)
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS["all at once"]], ids=["plain", "all at once"])
-@pytest.mark.parametrize("dimensions", TYPES)
-def test_few_channels_are_differentiated_one_row_at_a_time_where_a_row_is_work(dimensions, options, monkeypatch):
-    layer, inputs = convolution(dimensions, True, **options)
-    calls, original = [], Convolved._weight_gradient
-
-    def spy(self, inputs, output_gradients, rows):
-        calls.append(rows)
-        return original(self, inputs, output_gradients, rows)
-
-    monkeypatch.setattr(Convolved, "_weight_gradient", spy)
-    work = layer.weight.numel() * layer(inputs)[0, 0].numel()
-    few = layer.weight.shape[1] + 1
-    for channels, limit, taken in [(few, work, {1}), (few - 1, work, {N, 2}), (few, work + 1, {N, 2})]:  # 2: some rows
-        calls.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(convolutions, "_FEW_CHANNELS", channels)
-            patch.setattr(convolutions, "_WORK", limit)
-            assert_rule_holds(layer, inputs, True, patch)
-        assert set(calls) == taken
-
-
-@pytest.mark.parametrize("large", [True, False], ids=["one by one", "grouped"])
 @pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
 @pytest.mark.parametrize("layout", [Layout.FOLDED, Layout.STRIDED])
 @pytest.mark.parametrize("dimensions", TYPES)
-def test_examples_of_several_rows_have_the_sum_of_their_contributions(dimensions, layout, many, large, monkeypatch):
+def test_examples_of_several_rows_have_the_sum_of_their_contributions(dimensions, layout, many, monkeypatch):
     """The frames of a video, one after another or side by side."""
-    monkeypatch.setattr(convolutions, "_FEW_CHANNELS", 10**9 if large else 0)
-    monkeypatch.setattr(convolutions, "_WORK", 0)
     layer, _ = convolution(dimensions, many, groups=2, stride=(2, 1, 2), padding=(1, 1, 1))
     rows = torch.randn(N, 2, layer.in_channels, *((9 if many else 2,) * dimensions), dtype=torch.float64)
     output_gradients = torch.randn(N, *layer(rows[0]).shape, dtype=torch.float64)
@@ -151,7 +126,8 @@ def test_examples_of_several_rows_have_the_sum_of_their_contributions(dimensions
 @pytest.mark.parametrize(
     ("channels", "extent", "rows", "options", "pixels"),
     [
-        ((64, 64), 8, 1, {}, True),
+        ((64, 64), 8, 1, {}, False),
+        ((64, 64), 4, 1, {}, True),
         ((64, 64), 16, 1, {}, False),
         ((64, 64), 8, 2, {}, False),
         ((64, 64), 8, 1, dict(groups=4), False),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_graddiv.per_example.directions import Directions
+from lightning_graddiv.per_example.noise import noise_off
 
 SHAPES = [(), (4,), (3, 5), (4, 2, 3, 3), (5000,), (6,)]
 
@@ -29,7 +30,8 @@ def test_they_are_the_same_on_every_process_and_others_in_every_measurement():
 
 
 def test_only_short_vectors_are_handled_together():
-    assert Directions(parameters(), 0).vectors == {1, 5}
+    assert Directions(parameters(), 0).vectors == {1, 4, 5}
+    assert Directions(parameters(), 0).small == {0, 1, 2, 3, 4, 5}
     assert Directions([torch.zeros(3), torch.zeros(3, dtype=torch.float64)], 0).vectors == {0}
     assert Directions([torch.zeros(3, dtype=torch.complex64)], 0).vectors == set()
     assert Directions([], 0).vectors == set()
@@ -54,3 +56,10 @@ def test_a_parameter_that_is_left_out_counts_as_zero(index):
     zero = without | {index: torch.zeros(SHAPES[index], dtype=torch.float64)}
     torch.testing.assert_close(directions.of(without), directions.of(zero))
     assert float((directions.of(without) - directions.of(given)).abs().max()) > 0.01
+
+
+def test_they_are_random_where_a_proof_has_switched_noise_off():
+    shapes = [torch.zeros(17, 23)]
+    with noise_off():
+        probe = Directions(shapes, 0).probe(0)
+    assert len(probe.left.unique()) == probe.left.numel()

@@ -165,7 +165,7 @@ def test_projections_are_those_of_the_gradient():
         net(x).square().sum().backward()
         found = recorder.finish()
         applied = recorder.projected([p.grad for p in parameters])
-    torch.testing.assert_close(found.projections, applied)
+    torch.testing.assert_close(found.received.projections(), applied)
 
 
 def test_leaving_removes_every_hook():
