@@ -120,6 +120,7 @@ class GradientDiversityMonitor(Callback):
         self._opened_learning_rate = 0.0
         self._stepped = False
         self._is_between_steps = True
+        self._is_measured_step = False
         self._is_due = False
         self._size: tuple[int | None, int] | None = None
         self._refusals = Refusals()
@@ -173,7 +174,11 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._opens_a_step(trainer, pl_module, batch_idx) and not self._measurer.spans_steps:
+        opens = self._opens_a_step(trainer, pl_module, batch_idx)
+        if opens:
+            self._stopwatch.begin_step()
+            self._is_measured_step = False
+        if opens and not self._measurer.spans_steps:
             self._measurer.close()  # a hook that skipped the last batch has skipped on_train_batch_end too
             # From nothing but what all processes share: they reduce their sums together.
             self._is_due |= (self.optimizer_steps + 1) % self.every_n_steps == 0
@@ -182,6 +187,7 @@ class GradientDiversityMonitor(Callback):
                 self._opened_learning_rate = largest_learning_rate(trainer.optimizers[0])
                 self._measurer.open(lambda outcome: self._take(trainer, outcome), self._stopwatch)
         self._stepped = False
+        self._is_measured_step |= self._measurer.is_open
         if self._measurer.is_open:
             self._measurer.micro_batch(trainer, pl_module, batch_idx)
 
@@ -210,6 +216,8 @@ class GradientDiversityMonitor(Callback):
     ) -> None:
         self.examples_seen += (drawn_examples(single_train_loader(trainer), batch_idx) or 0) * trainer.world_size
         self.optimizer_steps += self._stepped
+        if self._stepped:
+            self._stopwatch.end_step(trainer.strategy.root_device, is_measured=self._is_measured_step)
         moments, self._measured = self._measured, None
         if moments is not None and self.latest is not None:
             self._publish(trainer, self.latest)

@@ -129,8 +129,8 @@ def _is_what_was_seen(applied: Tensor | None, local: Sequence[float], scale: flo
     """Compare the applied gradient with the mean of what the processes' backward passes gave; all processes agree.
 
     Args:
-        applied: its projections; None where there is nothing to compare: no process holds it whole, or it is known to be
-            what the only backward pass gave.
+        applied: its projections; None where there is nothing to compare: no process holds it whole, or it is known to
+            be what the only backward pass gave.
         local: the projections of the processes' own gradients, summed over them.
         scale: a squared norm that rounding errors are small against.
         device: of collectives.

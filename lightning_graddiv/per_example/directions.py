@@ -24,15 +24,17 @@ class Directions:
     Args:
         parameters: all that are compared.
         seed: of the directions; another in every measurement.
+        count: p, of directions.
 
     Attributes:
         small: the parameters that can be handled together, by index.
         vectors: those of them that have one dimension.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
+    def __init__(self, parameters: Sequence[Tensor], seed: int, count: int = DIRECTIONS) -> None:
         self._parameters = list(parameters)
         self._seed = seed
+        self._count = count
         self.small = frozenset(i for i, p in enumerate(self._parameters) if _is_small(p, self._parameters[0]))
         self.vectors = frozenset(i for i in self.small if self._parameters[i].ndim == 1)
 
@@ -71,17 +73,17 @@ class Directions:
     def _numbers(self) -> Tensor:
         size = max(1, self._places[-1][-1])
         start = random.Random(self._seed).randrange(size)
-        return _pool(2 * size)[:, start : start + size].to(self._parameters[0].device)
+        return _pool(2 * size, self._count)[:, start : start + size].to(self._parameters[0].device)
 
 
 @lru_cache(maxsize=_ALREADY_DRAWN)
-def _pool(size: int) -> Tensor:
+def _pool(size: int, count: int) -> Tensor:
     """Draw numbers once, of which every measurement takes others for a parameter: drawing takes longer than comparing.
 
-    Normal numbers, not signs: those overlook, half of the time, two rows that differ by opposite numbers. By NumPy, since
-    a proof makes torch's random numbers constant.
+    Normal numbers, not signs: those overlook, half of the time, two rows that differ by opposite numbers. By NumPy,
+    since a proof makes torch's random numbers constant.
     """
-    return torch.from_numpy(np.random.default_rng(size).standard_normal((DIRECTIONS, size), dtype=np.float32))
+    return torch.from_numpy(np.random.default_rng(size).standard_normal((count, size), dtype=np.float32))
 
 
 def flat(tensors: Collection[Tensor]) -> Tensor:

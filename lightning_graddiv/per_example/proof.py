@@ -8,6 +8,7 @@ are not the examples in their order. What a few examples do not show is looked f
 import math
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
 from lightning_graddiv.per_example.records import Recorded, Use
 from lightning_graddiv.per_example.separability import MIXED, Sample, compare_with_parts, full_precision, tolerance
+from lightning_graddiv.per_example.sketches import Sketcher, gradients_let_go
 
 Reduction = Literal["mean", "sum", "weighted"]
 
@@ -80,17 +82,29 @@ def prove(loss: StepLoss, batch: Any, total: int, *, seed: int = 0, parts: int =
     return plan, sample
 
 
-def ghost_pass(loss: StepLoss, batch: Any, total: int, plan: GhostPlan) -> tuple[Recorded, list[Tensor]]:
-    """Run the step once on a shadow, watched; return what was recorded, and the gradients of all parameters."""
+def ghost_pass(
+    loss: StepLoss, batch: Any, total: int, plan: GhostPlan, *, keeps_gradients: bool = True
+) -> tuple[Recorded, list[Tensor]]:
+    """Run the step once on a shadow, watched; return what was recorded, and the gradients of all parameters.
+
+    Unless ``keeps_gradients``, these are worthless: each was let go of when it had been looked at.
+    """
     measured = frozenset(range(len(loss.parameters))) - plan.misses.keys()
-    with GhostRecorder(loss.parameters, plan.layouts, shared=plan.shared, measured=measured) as recorder:
+    recorder = GhostRecorder(loss.parameters, plan.layouts, shared=plan.shared, measured=measured)
+    with recorder, ExitStack() as after:
 
         def watch(module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:
             recorder.attach(module, stand_ins)
             recorder.begin(total)
+            if not keeps_gradients:  # by hooks that come after the recorder's
+                after.enter_context(gradients_let_go(loss.parameters if stand_ins is None else stand_ins, _ignore))
 
         gradients = differentiate(loss, batch, watch)
         return recorder.finish(), gradients
+
+
+def _ignore(_: int, __: Tensor) -> None:
+    """Look at no gradient."""
 
 
 def _compare_with_loop(loss: StepLoss, sample: Sample) -> GhostPlan:
@@ -101,14 +115,13 @@ def _compare_with_loop(loss: StepLoss, sample: Sample) -> GhostPlan:
     with GhostRecorder(loss.parameters) as recorder:
         recorder.begin(sample.total)
         with noise_off(), writes_refused(loss.module), full_precision(), torch.no_grad():
-            with torch.enable_grad():
+            with torch.enable_grad(), gradients_let_go(loss.parameters, _ignore):
                 differentiate(loss, sample.batch, watch=recorder.attach)
-            weights = sample.weights.to(sample.alone.dtype)[:, None]
             relative, of_all = _rounding(loss.module)
-            whole = weights.abs().flatten() * torch.linalg.vector_norm(sample.alone, dim=1)
-            for index, gradients in enumerate(sample.parts):
-                wanted, uses = weights * gradients, recorder.used(index)
-                slack = relative * wanted.norm(dim=1) + of_all * whole + _TINY * of_all * whole.max()
+            whole = sample.weights.abs() * sample.sq_norms.sqrt()
+            for index in range(len(loss.parameters)):
+                wanted, uses = _Wanted.of(sample, index), recorder.used(index)
+                slack = relative * wanted.norms + of_all * whole + _TINY * of_all * whole.max()
                 chosen = _fitting_layouts(uses, index, wanted, slack)
                 if chosen is None:
                     misses[index] = _why(uses)
@@ -133,10 +146,11 @@ def _compare_in_other_company(
     _, of_all = _rounding(loss.module)
     misses, is_weighted = dict(plan.misses), plan.reduction == "weighted"
     with noise_off(), writes_refused(loss.module), full_precision():
-        together, _ = ghost_pass(loss, batch, total, plan)
+        together, _ = ghost_pass(loss, batch, total, plan, keeps_gradients=False)
         misses |= together.misses
         for examples in (order[i::parts] for i in range(parts)):
-            apart, _ = ghost_pass(loss, select(batch, examples, total), len(examples), plan)
+            part = select(batch, examples, total)
+            apart, _ = ghost_pass(loss, part, len(examples), plan, keeps_gradients=False)
             misses |= apart.misses
             covered = [index for index in range(len(loss.parameters)) if index not in misses]
             among_all = together.total(covered)[examples]
@@ -172,22 +186,45 @@ def _rounding(module: nn.Module) -> tuple[float, float]:
     return {1e-7: (1e-7, 1e-12), 1e-3: (1e-4, 1e-6)}.get(tolerance(module), (5e-2, 1e-5))
 
 
-def _fitting_layouts(uses: Sequence[Use], index: int, wanted: Tensor, slack: Tensor) -> list[Layout] | None:
+@dataclass(frozen=True)
+class _Wanted:
+    """What the loop finds of a sample's contributions to one parameter.
+
+    Attributes:
+        sketcher: of all parameters.
+        projections: shape (k, p).
+        norms: shape (k,).
+    """
+
+    sketcher: Sketcher
+    projections: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, sample: Sample, index: int) -> "_Wanted":
+        projections = sample.weights[:, None] * sample.alone.projections[:, index]
+        return cls(sample.sketcher, projections, sample.weights.abs() * sample.alone.sq_norms[:, index].sqrt())
+
+
+def _fitting_layouts(uses: Sequence[Use], index: int, wanted: _Wanted, slack: Tensor) -> list[Layout] | None:
     """Return the layouts under which the uses add up to what is wanted; None if there are none."""
-    examples = len(wanted)
+    examples = len(wanted.norms)
     if not uses:
-        return [] if bool((wanted.norm(dim=1) <= slack).all()) else None
+        return [] if bool((wanted.norms <= slack).all()) else None
     shapes = sorted({use.leading for use in uses})
     candidates = [[layout for layout in Layout if layout.fits(shape, examples)] for shape in shapes]
     for combination in islice(product(*candidates), _MOST_COMBINATIONS):
         layouts = [combination[shapes.index(use.leading)] for use in uses]
-        found = _explicit(uses, index, layouts, examples)
-        if found is not None and bool(((found.flatten(1) - wanted).norm(dim=1) <= slack).all()):
+        found = _contributions(uses, index, layouts, examples)
+        if found is None:
+            continue
+        sketched = wanted.sketcher.contributed(index, found)
+        if bool(((sketched - wanted.projections).norm(dim=1) <= slack).all()):
             return layouts
     return None
 
 
-def _explicit(uses: Sequence[Use], index: int, layouts: Sequence[Layout], examples: int) -> Tensor | None:
+def _contributions(uses: Sequence[Use], index: int, layouts: Sequence[Layout], examples: int) -> Contributions | None:
     parts: list[Contributions] = []
     for use, layout in zip(uses, layouts, strict=True):
         name = next(name for name, held in use.parameters.items() if held == index)
@@ -197,7 +234,7 @@ def _explicit(uses: Sequence[Use], index: int, layouts: Sequence[Layout], exampl
             return None
         if name in found:
             parts.append(found[name])
-    return added(parts).explicit() if parts else None
+    return added(parts) if parts else None
 
 
 def _ordinal(use: Use, index: int) -> int:

@@ -21,7 +21,7 @@ from lightning_graddiv.per_example.guard import writes_refused
 from lightning_graddiv.per_example.layers import mixes_examples
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import noise_off
-from lightning_graddiv.per_example.norms import sum_of_squares
+from lightning_graddiv.per_example.sketches import Sketch, Sketcher
 
 _EXAMPLES = 4
 """Of a batch, alone and together."""
@@ -34,19 +34,19 @@ class Sample:
     Attributes:
         examples: their positions in the batch that they were taken from.
         batch: of these examples only.
-        alone: their gradients, one flattened gradient a row, shape (k, d).
+        sketcher: that drew their gradients.
+        alone: their gradients, one after another.
         weights: by which each gradient enters the batch's, shape (k,).
         is_weighted: whether the weights differ by content.
-        sizes: numbers in each parameter's gradient.
         is_noisy: whether the step asks for noise.
     """
 
     examples: list[int]
     batch: Any
-    alone: Tensor
+    sketcher: Sketcher
+    alone: Sketch
     weights: Tensor
     is_weighted: bool
-    sizes: list[int]
     is_noisy: bool
 
     @property
@@ -55,14 +55,9 @@ class Sample:
         return len(self.examples)
 
     @property
-    def parts(self) -> list[Tensor]:
-        """Their gradients, parameter by parameter, each flattened: shapes (k, numel)."""
-        return list(self.alone.split(self.sizes, 1))
-
-    @property
     def sq_norms(self) -> Tensor:
         """Squared norms, shape (k,), float64."""
-        return sum_of_squares([self.alone], per_row=True)
+        return self.alone.sq_norms.sum(1)
 
 
 def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0, high: bool = False) -> Sample:
@@ -85,17 +80,15 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
     """
     examples = random.Random(seed).sample(range(total), min(_EXAMPLES, total))
     together = select(batch, examples, total)
+    sketcher = Sketcher(loss.parameters, seed)
     with splitting(loss), noise_off(high=high) as noise, writes_refused(loss.module), full_precision():
-        joint = _vector(loss, together)
-        alone = joint.new_empty(len(examples), len(joint))  # filled row by row: a list of rows would be held beside it
-        for row, example in zip(alone, examples, strict=True):
-            row.copy_(_vector(loss, select(batch, [example], total)))
-    if loss.is_partial and not bool(alone.any()) and not bool(joint.any()):
+        joint = sketcher.differentiated(loss, together)
+        alone = Sketch.stack([sketcher.differentiated(loss, select(batch, [example], total)) for example in examples])
+    if loss.is_partial and not bool(alone.sq_norms.any()) and not bool(joint.sq_norms.any()):
         weights, is_weighted = torch.full((len(examples),), 1 / len(examples), dtype=torch.float64), False
     else:
         weights, is_weighted = _weights(joint, alone, tolerance(loss.module))
-    sizes = [p.numel() * (2 if p.is_complex() else 1) for p in loss.parameters]
-    return Sample(examples, together, alone, weights, is_weighted, sizes, noise.drawn)
+    return Sample(examples, together, sketcher, alone, weights, is_weighted, noise.drawn)
 
 
 def check_separable(loss: StepLoss, batch: Any, total: int, *, seed: int = 0) -> Sample:
@@ -186,22 +179,20 @@ def _vector(loss: StepLoss, batch: Any) -> Tensor:
     return vector
 
 
-def _weights(joint: Tensor, alone: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+def _weights(joint: Sketch, alone: Sketch, tolerance: float) -> tuple[Tensor, bool]:
     """Return the weights with which the rows add up to ``joint``, and whether they differ; raise if they do not."""
-    joint, alone = joint.to(_wide(joint)), alone.to(_wide(alone))
-    sq_norms = sum_of_squares([alone], per_row=True)
+    sq_norms, rows, total = alone.sq_norms.sum(1), alone.flat, joint.flat
     if not bool(sq_norms.any()):
         raise MeasurementError(
             "Every example taken alone has a gradient of exactly zero: the loss needs more than one example (as a "
             "contrastive loss does), or has reached an exact minimum. It cannot be split into examples.",
-            lasting=bool(joint.any()),
+            lasting=bool(joint.sq_norms.any()),
         )
-    factor = _common_factor(joint, alone.sum(0), sq_norms, tolerance)
+    factor = _common_factor(total, rows.sum(0), sq_norms, tolerance)
     if factor is not None:
         return torch.full_like(sq_norms, factor), False
-    wide = alone.double()
-    weights = torch.linalg.pinv(wide @ wide.T, hermitian=True) @ (wide @ joint.double())
-    error = torch.linalg.vector_norm(joint - weights.to(joint.dtype) @ alone)
+    weights = torch.linalg.pinv(rows @ rows.T, hermitian=True) @ (rows @ total)
+    error = torch.linalg.vector_norm(total - weights @ rows)
     scale = float((weights.square() @ sq_norms).sqrt())
     if not (bool((weights > 0).all()) and float(error) <= tolerance * scale):
         raise MixingError(MIXED, lasting=True)
