@@ -137,3 +137,40 @@ TASKS = {
         Task("LSTM", LSTM, lambda: (tokens(64, 32), torch.randint(0, 10, (64,)))),
     )
 }
+
+
+def mlp_of_batch(examples: int) -> Task:
+    return Task("MLP", mlp, lambda: (torch.randn(examples, 784), torch.randint(0, 10, (examples,))))
+
+
+def mlp_of_width(width: int) -> Task:
+    return Task("MLP", lambda: mlp(width), TASKS["MLP"].batch)
+
+
+def gpt_of_length(length: int) -> Task:
+    return Task("GPT", lambda: GPT(length=length), lambda: (tokens(8, length), tokens(8, length)), sequences)
+
+
+def resnet18() -> nn.Module:
+    """For CIFAR-10, with GroupNorm."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.GroupNorm(4, 64), nn.ReLU(inplace=True)]
+    inputs = 64
+    for stage, outputs in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            layers.append(Block(inputs, outputs, 2 if stage and not block else 1))
+            inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+ON_ACCELERATORS = {
+    task.name: task
+    for task in (
+        Task("ResNet-18", resnet18, lambda: images(128)),
+        Task(
+            "GPT-2 small",
+            lambda: GPT(width=768, layers=12, heads=12, length=512, vocabulary=50257),
+            lambda: (tokens(8, 512), tokens(8, 512)),
+            sequences,
+        ),
+    )
+}

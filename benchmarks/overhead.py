@@ -1,10 +1,12 @@
 """What a measurement costs: a measured training step over a plain one, and the engines beside their rivals.
 
-    python benchmarks/overhead.py [--quick] [--models MLP,GPT] [--out benchmarks/results]
+    python benchmarks/overhead.py [--quick] [--models MLP,GPT] [--device cuda] [--out benchmarks/results]
 
 Steps are measured inside a real Trainer, every second one, so that measured and plain steps share each moment of the
-machine; steps that are preceded by checks are told apart. The engines run on the bare network, interleaved. Writes
-overhead.json; benchmarks/performance.py makes the table of docs/performance.md from it. Rivals: the extra `bench`.
+machine; steps that are preceded by checks are told apart. The engines run on the bare network, interleaved, and each
+gives what B_S needs: the squared norms of the examples' gradients, and that of their sum. Writes overhead.json (one for
+each kind of device); benchmarks/performance.py makes the tables of docs/performance.md from it. Rivals: the extra
+`bench`.
 """
 
 import argparse
@@ -16,22 +18,27 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from models import TASKS, Task
+from models import ON_ACCELERATORS, TASKS, Task, gpt_of_length, mlp_of_batch, mlp_of_width
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_graddiv import GradientDiversityMonitor
+from lightning_graddiv import GradientDiversityMonitor, measure_moments
+from lightning_graddiv.callbacks import outcome
+from lightning_graddiv.callbacks.outcome import ghost_outcome
 from lightning_graddiv.per_example.functional import functional_gradients, loop_gradients
-from lightning_graddiv.per_example.losses import StepLoss, measuring
-from lightning_graddiv.per_example.proof import ghost_pass, prove
+from lightning_graddiv.per_example.ghost_engine import GhostEngine
+from lightning_graddiv.per_example.losses import StepLoss
 
 Seconds = list[float]
 
@@ -53,7 +60,7 @@ class Start(L.Callback):
     """First of the callbacks: the others' share of a step is part of it."""
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.time = time.perf_counter()
+        self.time = now()
 
 
 class End(L.Callback):
@@ -64,14 +71,22 @@ class End(L.Callback):
         self.steps: list[tuple[str, float]] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        seconds = time.perf_counter() - self.start.time
+        seconds = now() - self.start.time
         checks = self.measured in (0, 1, 4, 16, 64) or self.measured % 256 == 0
         is_measured, self.measured = self.monitor.measurements > self.measured, self.monitor.measurements
         kind = ("checked" if checks else "measured") if is_measured else "plain"
         self.steps.append((kind, seconds))
 
 
-def train(task: Task, steps: int, every_n_steps: int) -> tuple[dict[str, Seconds], GradientDiversityMonitor]:
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train(
+    task: Task, steps: int, every_n_steps: int, device: str = "cpu"
+) -> tuple[dict[str, Seconds], GradientDiversityMonitor]:
     """Return the seconds of plain, measured and checked steps, without the first two."""
     torch.manual_seed(0)
     x, y = task.batch()
@@ -82,7 +97,8 @@ def train(task: Task, steps: int, every_n_steps: int) -> tuple[dict[str, Seconds
         max_epochs=1,
         callbacks=[start, monitor, end],
         logger=False,
-        accelerator="cpu",
+        accelerator=device,
+        devices=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -94,27 +110,53 @@ def train(task: Task, steps: int, every_n_steps: int) -> tuple[dict[str, Seconds
     return found, monitor
 
 
-def in_training(task: Task, quick: bool) -> dict[str, Any]:
-    torch.manual_seed(0)
-    pilot, _ = train(task, 6, 10**6)
-    steps = max(14, min(200, int((8 if quick else 25) / statistics.median(pilot["plain"]))))
-    seconds, monitor = train(task, steps, 2)
+def in_training(task: Task, quick: bool, device: str) -> dict[str, Any]:
+    pilot, _ = train(task, 6, 10**6, device)
+    steps = max(24, min(400, int((8 if quick else 25) / statistics.median(pilot["plain"]))))
+    with numbers_sent() as sent:
+        seconds, monitor = train(task, steps, 2, device)
     plain = statistics.median(seconds["plain"])
+    cadence = GradientDiversityMonitor().every_n_steps
+    extra = sum(sum(seconds[kind]) - plain * len(seconds[kind]) for kind in ("measured", "checked"))
     return {
         "plain": spread(seconds["plain"]),
         "measured": spread(seconds["measured"]),
         "checked": spread(seconds["checked"]),
         "measured_over_plain": statistics.median(seconds["measured"]) / plain,
         "checked_over_plain": statistics.median(seconds["checked"]) / plain,
-        # In the long run: one step of twenty is measured, and one measurement of 256 is checked.
+        # In the long run: one measurement of 256 is checked.
+        "every_n_steps": cadence,
         "overhead_at_default_cadence": (
-            (statistics.median(seconds["measured"]) - plain) / 20
-            + (statistics.median(seconds["checked"]) - plain) / (20 * 256)
+            (statistics.median(seconds["measured"]) - plain) + (statistics.median(seconds["checked"]) - plain) / 256
         )
-        / plain,
+        / (cadence * plain),
+        "overhead_logged": monitor._stopwatch.overhead,
+        "overhead_seen_from_outside": extra / (plain * (steps - 2)),
+        "bytes_sent_by_a_measurement": 8 * statistics.mode(sent),
         "engine": monitor._measurer.engine,
         "coverage": monitor._coverage,
     }
+
+
+@contextmanager
+def numbers_sent() -> Iterator[list[int]]:
+    """Count the numbers of float64 that each measurement hands to collectives, were there other processes."""
+    sent: list[int] = []
+    summed, smallest = outcome.summed_over_ranks, outcome.smallest_over_ranks
+
+    def count_summed(numbers: Any, device: torch.device) -> list[float]:
+        sent.append(len(numbers))
+        return summed(numbers, device)
+
+    def count_smallest(numbers: Any, device: torch.device) -> list[float]:
+        sent[-1] += len(numbers)
+        return smallest(numbers, device)
+
+    outcome.summed_over_ranks, outcome.smallest_over_ranks = count_summed, count_smallest
+    try:
+        yield sent
+    finally:
+        outcome.summed_over_ranks, outcome.smallest_over_ranks = summed, smallest
 
 
 def spread(seconds: Seconds) -> dict[str, float]:
@@ -122,13 +164,14 @@ def spread(seconds: Seconds) -> dict[str, float]:
     return {"milliseconds": 1e3 * statistics.median(seconds), "low": 1e3 * quartiles[0], "high": 1e3 * quartiles[2]}
 
 
-def contestants(task: Task) -> dict[str, Callable[[], Any]]:
-    """Return what computes the squared norms of a batch's per-example gradients; each on a network of its own."""
+def contestants(task: Task, only: Sequence[str] | None = None) -> dict[str, Callable[[], Any]]:
+    """Return what computes a batch's squared norms, of its examples' gradients and of the sum; each on its own net."""
     torch.manual_seed(0)
     x, y = task.batch()
     makers = {
         "plain step": plain_step,
         "ours, in-band": ours_in_band,
+        "ours, auto": lambda t, net, x, y: ours_auto(t, net, x, y),
         "ours, functional": lambda t, net, x, y: ours(functional_gradients, t, net, x, y),
         "ours, loop": lambda t, net, x, y: ours(loop_gradients, t, net, x, y),
         "torch.func": torch_func,
@@ -136,12 +179,13 @@ def contestants(task: Task) -> dict[str, Callable[[], Any]]:
         "Opacus, ghost": opacus_ghost,
         "BackPACK, BatchGrad": lambda t, net, x, y: backpack(t, net, x, y, "BatchGrad", "grad_batch"),
         "BackPACK, BatchL2Grad": lambda t, net, x, y: backpack(t, net, x, y, "BatchL2Grad", "batch_l2"),
+        "without weight gradients": without_weight_gradients,
     }
     found = {}
-    for name, make in makers.items():
+    for name in only or makers:
         torch.manual_seed(1)
         try:
-            run = make(task, task.net(), x, y)
+            run = makers[name](task, task.net(), x, y)
             run()
             found[name] = run
         except Exception as error:
@@ -157,13 +201,46 @@ def plain_step(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[],
     return run
 
 
+def without_weight_gradients(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
+    """Return a step that lacks just the gradients of weights: what it saves is the price of computing them again."""
+    for layer in net.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter) and not isinstance(layer, nn.Embedding):
+            weight.requires_grad_(weight.ndim < 2)
+    return plain_step(task, net, x, y)
+
+
 def ours_in_band(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
+    """Return what a measured step does, without the Trainer: with the proof of coverage, and |sum g|^2 with it."""
     loss = StepLoss(net, loss_fn=lambda net, batch: task.loss(net(batch[0]), batch[1]))
-    with measuring(net):
-        plan, _ = prove(loss, (x, y), len(x))
-    if plan.misses:
-        raise RuntimeError(f"{len(plan.misses)} parameters are not covered")
-    return lambda: ghost_pass(loss, (x, y), len(x), plan)
+    engine, parameters = GhostEngine(), list(net.parameters())
+    mask = engine.check(loss, (x, y), len(x), seed=0)
+    if not all(mask):
+        raise RuntimeError(f"{mask.count(0.0)} parameters are not covered")
+    engine.adopt(mask, net, parameters)
+    seeds = count()
+
+    def run() -> None:
+        step = engine.step(parameters, compares_processes=False, holds_all=True, seed=next(seeds), noise_seed=0)
+        step.forward(net, None, (x, y), len(x), 1)
+        value = task.loss(net(x), y)
+        net.zero_grad()
+        step.look_at(value)
+        value.backward()
+        step.backward(1.0)
+        found = ghost_outcome(step, parameters, None, x.device)
+        step.close()
+        if found.moments is None:
+            raise RuntimeError(str(found.refusal))
+
+    return run
+
+
+def ours_auto(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
+    """Return the function of the library, which proves what it measures at every call."""
+    return lambda: measure_moments(
+        net, (x, y), loss_fn=lambda net, batch: task.loss(net(batch[0]), batch[1]), engine="auto"
+    )
 
 
 def ours(engine: Any, task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
@@ -179,9 +256,10 @@ def torch_func(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[],
 
     per_example = vmap(grad(loss), in_dims=(None, 0, 0))
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         gradients = per_example(values, x, y)
-        return torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+        return norms, get_total_norm([g.sum(0) for g in gradients.values()])
 
     return run
 
@@ -191,10 +269,11 @@ def opacus_hooks(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[
 
     wrapped = GradSampleModule(net, loss_reduction="mean")
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         wrapped.zero_grad()
         task.loss(wrapped(x), y).backward()
-        return torch.stack([p.grad_sample.flatten(1).square().sum(1) for p in net.parameters()]).sum(0)
+        norms = torch.stack([p.grad_sample.flatten(1).square().sum(1) for p in net.parameters()]).sum(0)
+        return norms, get_total_norm([p.grad for p in net.parameters()])
 
     return run
 
@@ -206,10 +285,10 @@ def opacus_ghost(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[[
         net, loss_reduction="mean", max_grad_norm=1.0, use_ghost_clipping=True
     )
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         wrapped.zero_grad()
         task.loss(wrapped(x), y).backward()
-        return wrapped.get_norm_sample()
+        return wrapped.get_norm_sample(), get_total_norm([p.grad for p in net.parameters()])
 
     return run
 
@@ -222,28 +301,65 @@ def backpack(task: Task, net: nn.Module, x: Tensor, y: Tensor, extension: str, a
         raise RuntimeError("BackPACK knows no attention")
     extended, loss = backpack.extend(net), backpack.extend(nn.CrossEntropyLoss())
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         extended.zero_grad()
         out = extended(x)
         value = loss(out.flatten(0, -2), y.flatten())
         with backpack.backpack(getattr(extensions, extension)()):
             value.backward()
         found = [getattr(p, attribute) for p in extended.parameters()]
-        return torch.stack([f if f.ndim == 1 else f.flatten(1).square().sum(1) for f in found]).sum(0)
+        norms = torch.stack([f if f.ndim == 1 else f.flatten(1).square().sum(1) for f in found]).sum(0)
+        return norms, get_total_norm([p.grad for p in extended.parameters()])
 
     return run
 
 
-def bare(task: Task, quick: bool) -> dict[str, Any]:
-    runs = contestants(task)
-    seconds: dict[str, Seconds] = {name: [] for name in runs}
-    for _ in range(5 if quick else 9):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+def bare(task: Task, quick: bool, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the time of each contestant, and the floor: a plain step and its weight gradients once more.
+
+    An exact gradient of every example's weights costs the operations of the weight gradient itself. Where examples have
+    few positions (linear layers), products between those are cheaper still, and measured steps may go below it.
+    """
+    runs = contestants(task, only)
+    seconds = interleaved(runs, 5 if quick else 15)
     plain = statistics.median(seconds["plain step"])
-    return {name: {**spread(s), "over_plain": statistics.median(s) / plain} for name, s in seconds.items()}
+    found = {name: {**spread(s), "over_plain": ratio(s, seconds["plain step"])} for name, s in seconds.items()}
+    without = found.pop("without weight gradients", None)
+    if without is not None:
+        found["floor: weight gradients once more"] = {"over_plain": 2 - without["milliseconds"] / (1e3 * plain)}
+    return found
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
+    """Time each in turn; those that take long, less often."""
+    seconds: dict[str, Seconds] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            if repeat >= 5 and seconds[name][0] > 4 * seconds["plain step"][0]:
+                continue
+            start = now()
+            run()
+            seconds[name].append(now() - start)
+    return seconds
+
+
+def ratio(seconds: Seconds, plain: Seconds) -> float:
+    """Return the middle one of the ratios within a round, in which both saw the same moment of the machine."""
+    return statistics.median(s / p for s, p in zip(seconds, plain, strict=False))
+
+
+def growth_of_cost(quick: bool) -> dict[str, dict[str, float]]:
+    """Return a measured step over a plain one, on the bare network, as one size grows."""
+    sizes = {
+        "examples (MLP)": (mlp_of_batch, (32, 128, 512)),
+        "width (MLP, 128 examples)": (mlp_of_width, (256, 1024, 2048)),
+        "tokens in a sequence (GPT, 8 sequences)": (gpt_of_length, (32, 64, 128, 256)),
+    }
+    only = ("plain step", "ours, in-band")
+    return {
+        what: {str(n): bare(make(n), quick, only)["ours, in-band"]["over_plain"] for n in values}
+        for what, (make, values) in sizes.items()
+    }
 
 
 def peak_memory(name: str, every_n_steps: int) -> float:
@@ -253,6 +369,7 @@ def peak_memory(name: str, every_n_steps: int) -> float:
 
 
 def held_by_training(name: str, every_n_steps: int) -> float:
+    train(Task("tiny", lambda: mlp_of_width(8).net(), TASKS["MLP"].batch), 8, 2)  # loads the code of both
     before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
     train(TASKS[name], 14, every_n_steps)
@@ -281,7 +398,8 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--models", default=",".join(TASKS))
+    parser.add_argument("--models", help="some of them, with commas between")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--every-n-steps", type=int, default=2, help=argparse.SUPPRESS)
@@ -292,17 +410,22 @@ def main() -> None:
     if arguments.memory_of:
         print(held_by_training(arguments.memory_of, arguments.every_n_steps))
         return
+    is_cpu = arguments.device == "cpu"
+    tasks = TASKS if is_cpu else ON_ACCELERATORS
     results: dict[str, Any] = {"versions": versions(), "models": {}}
-    for name in arguments.models.split(","):
-        memory = {kind: peak_memory(name, every) for kind, every in (("plain", 10**6), ("measured", 2))}
-        results["models"][name] = {
-            "training": in_training(TASKS[name], arguments.quick),
-            "engines": bare(TASKS[name], arguments.quick),
-            "peak_MiB": {**memory, "ratio": memory["measured"] / memory["plain"]},
-        }
-        training = results["models"][name]["training"]
-        print(f"{name}: measured over plain {training['measured_over_plain']:.2f}, {memory}", flush=True)
-    (arguments.out / "overhead.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name in (arguments.models or ",".join(tasks)).split(","):
+        found = {"training": in_training(tasks[name], arguments.quick, arguments.device)}
+        if is_cpu:
+            memory = {kind: peak_memory(name, every) for kind, every in (("plain", 10**6), ("measured", 2))}
+            found["peak_MiB"] = {**memory, "ratio": memory["measured"] / memory["plain"]}
+        with torch.device(arguments.device):
+            found["engines"] = bare(tasks[name], arguments.quick)
+        results["models"][name] = found
+        print(f"{name}: measured over plain {found['training']['measured_over_plain']:.2f}", flush=True)
+    if is_cpu:
+        results["growth"] = growth_of_cost(arguments.quick)
+    name = "overhead.json" if is_cpu else "overhead_cuda.json"
+    (arguments.out / name).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,23 +12,41 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 def in_training(models: dict[str, Any]) -> str:
-    head = "| model | plain step, ms | measured over plain | with checks over plain | every 20th step |"
-    lines = [head, "|---|---|---|---|---|"]
+    every = next(iter(models.values()))["training"]["every_n_steps"]
+    head = "| model | plain step, ms | measured over plain | with checks over plain | at the default cadence, "
+    lines = [f"{head}every {every} steps | peak memory |", "|---|---|---|---|---|---|"]
     for name, found in models.items():
         t = found["training"]
         numbers = (t["plain"]["milliseconds"], t["measured_over_plain"], t["checked_over_plain"])
-        share = f"{t['overhead_at_default_cadence']:.1%}"
-        lines.append(f"| {name} | {numbers[0]:.1f} | {numbers[1]:.2f} | {numbers[2]:.1f} | {share} |")
+        share, memory = f"{t['overhead_at_default_cadence']:.1%}", found.get("peak_MiB", {}).get("ratio")
+        last = "-" if memory is None else f"{memory:.2f}"
+        lines.append(f"| {name} | {numbers[0]:.1f} | {numbers[1]:.2f} | {numbers[2]:.1f} | {share} | {last} |")
     return "\n".join(lines)
 
 
 def engines(models: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for found in models.values() for name in found["engines"]))
-    lines = ["| forward, backward and norms, over a plain step | " + " | ".join(models) + " |"]
+    lines = ["| a step with both norms, over a plain step | " + " | ".join(models) + " |"]
     lines.append("|---" * (1 + len(models)) + "|")
     for name in names:
         cells = [found["engines"].get(name, {}).get("over_plain") for found in models.values()]
         lines.append(f"| {name} | " + " | ".join("-" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def overheads(models: dict[str, Any]) -> str:
+    lines = ["| model | logged | seen from outside | bytes sent by a measurement |", "|---|---|---|---|"]
+    for name, found in models.items():
+        t = found["training"]
+        logged, outside = t["overhead_logged"], t["overhead_seen_from_outside"]
+        lines.append(f"| {name} | {logged:.2f} | {outside:.2f} | {t['bytes_sent_by_a_measurement']} |")
+    return "\n".join(lines)
+
+
+def growth(found: dict[str, dict[str, float]]) -> str:
+    lines = ["| as this grows | measured over plain |", "|---|---|"]
+    for what, ratios in found.items():
+        lines.append(f"| {what} | " + ", ".join(f"{n}: {ratio:.2f}" for n, ratio in ratios.items()) + " |")
     return "\n".join(lines)
 
 
@@ -37,7 +55,8 @@ def main() -> None:
     page = ROOT / "docs" / "performance.md"
     before, rest = page.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    tables = "\n\n".join((in_training(results["models"]), engines(results["models"])))
+    models = results["models"]
+    tables = "\n\n".join((in_training(models), engines(models), overheads(models), growth(results["growth"])))
     page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
 
 

@@ -37,13 +37,16 @@ class Directions:
         self._count = count
         self.small = frozenset(i for i, p in enumerate(self._parameters) if _is_small(p, self._parameters[0]))
         self.vectors = frozenset(i for i in self.small if self._parameters[i].ndim == 1)
+        self._probes: dict[int, Probe] = {}
 
     def probe(self, index: int) -> Probe:
         """Return the directions for one parameter, on its device."""
-        parameter, (start, middle, end) = self._parameters[index], self._places[index]
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        numbers = self._numbers[:, start:end].to(parameter.device, dtype)
-        return Probe(numbers[:, : middle - start], numbers[:, middle - start :])
+        if index not in self._probes:
+            parameter, (start, middle, end) = self._parameters[index], self._places[index]
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            numbers = self._numbers[:, start:end].to(parameter.device, dtype)
+            self._probes[index] = Probe(numbers[:, : middle - start], numbers[:, middle - start :])
+        return self._probes[index]
 
     def of(self, gradients: Mapping[int, Tensor]) -> Tensor:
         """Return the projections of dense real gradients, by index, taken together: shape (p,), float64."""

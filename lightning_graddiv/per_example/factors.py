@@ -350,6 +350,8 @@ class Total(Contributions):
 
 def added(uses: Sequence[Contributions]) -> Contributions:
     """Return the sum of several uses of a parameter by the same examples."""
+    if len(uses) == 1:
+        return uses[0]
     outers = [use for use in uses if isinstance(use, Outer)]
     lookups = [use for use in uses if isinstance(use, Lookup)]
     parts: list[Contributions] = [use for use in uses if not isinstance(use, Outer | Lookup)]

@@ -245,7 +245,7 @@ class GhostStep(InBandStep):
         received, scale = self._only_pass
         if not received.is_still([parameter.grad for parameter in self._parameters]):
             return None
-        sq_norms = received.sq_norms()
+        sq_norms = received.sq_norms
         return [sq_norms.get(index, 0.0) / scale**2 for index in range(len(self._parameters))]
 
     def _local_sq_norm(self, found: dict[int, float] | None, scale: float) -> float | None:

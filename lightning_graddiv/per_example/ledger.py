@@ -102,7 +102,7 @@ class Ledger:
             MeasurementError: something is not finite.
         """
         self._enter_waiting()
-        sq_norms = self._received.sq_norms()
+        sq_norms = self._received.sq_norms
         self._compare(sq_norms)
         recorded = Recorded(
             self._examples,

@@ -1,7 +1,7 @@
 """The gradients that one backward pass gave to parameters: their norms, their projections, and are they still there?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,23 +9,6 @@ from torch import Tensor
 from lightning_graddiv.per_example.directions import Directions, flat
 from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.norms import on_processor, sq_norm_of_each, sum_of_squares
-
-_SAMPLE = 64
-"""Entries of a large gradient that are looked at again."""
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """By what a gradient that was not kept is recognised: where it is, how often it was written to, a few entries."""
-
-    address: int
-    version: int
-    sample: Tensor
-
-    @classmethod
-    def of(cls, gradient: Tensor) -> "_Mark":
-        entries = gradient.flatten()
-        return cls(gradient.data_ptr(), gradient._version, entries[:: max(1, len(entries) // _SAMPLE)].clone())
 
 
 class Received:
@@ -54,7 +37,7 @@ class Received:
         self._kept: dict[int, Tensor] = {}
         self._projected: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
-        self._marks: dict[int, _Mark] = {}
+        self._marks: dict[int, tuple[int, int]] = {}
         self._local: dict[int, Tensor] = {}
         self._local_kept: dict[int, Tensor] = {}
 
@@ -84,7 +67,7 @@ class Received:
             projected, sq_norm = projected + self._projected[index], sq_norm + self._norms[index]
         self._projected[index], self._norms[index] = projected, sq_norm
         if self._keeps_norms:
-            self._marks[index] = _Mark.of(gradient)
+            self._marks[index] = _mark(gradient)
         if self._keeps_local:
             self._local[index] = sum_of_squares([so_far])
 
@@ -98,8 +81,9 @@ class Received:
         """Of the parameters that received one."""
         return [*self._kept, *self._projected]
 
+    @cached_property
     def sq_norms(self) -> dict[int, float]:
-        """Return each gradient's squared norm."""
+        """Each gradient's squared norm; to be asked for when all have been entered."""
         norms = sq_norm_of_each(self._kept.values()).tolist() + on_processor(list(self._norms.values())).tolist()
         return dict(zip(self.indices, norms, strict=True))
 
@@ -128,22 +112,28 @@ class Received:
         """Tell whether the parameters' gradients are these, and nothing was done to them since.
 
         Small ones are compared entry by entry; of a large one, whether it is the same memory, never written to as far
-        as autograd was told, with the same numbers in a few places.
+        as autograd was told. Who goes behind its back changes what is applied, as clipping does, and not what was
+        measured.
         """
         found = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
         is_known = found.keys() == set(self.indices) and self._marks.keys() == self._projected.keys()
         if not is_known or any(gradient.is_sparse for gradient in found.values()):
             return False
-        now = {index: _Mark.of(found[index]) for index in self._marks}
-        if any((now[i].address, now[i].version) != (mark.address, mark.version) for i, mark in self._marks.items()):
+        if any(_mark(found[index]) != mark for index, mark in self._marks.items()):
             return False
-        before_and_after = [(mark.sample, now[i].sample) for i, mark in self._marks.items()]
-        before_and_after += [(kept, found[index]) for index, kept in self._kept.items()]
-        return all(len({t.device for t in pair}) == 1 for pair in before_and_after) and _are_equal(before_and_after)
+        pairs = [(kept, found[index]) for index, kept in self._kept.items()]
+        return all(was.device == now.device for was, now in pairs) and _are_equal(pairs)
+
+
+def _mark(gradient: Tensor) -> tuple[int, int]:
+    """By what a gradient that was not kept is recognised: where it is, and how often it was written to."""
+    return gradient.data_ptr(), gradient._version
 
 
 def _are_equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Compare all at once where they lie on one device."""
+    if not pairs:
+        return True
     before, after = zip(*pairs, strict=True)
     if len({(t.device, t.dtype) for t in before + after}) == 1:
         return torch.equal(flat(before), flat(after))
