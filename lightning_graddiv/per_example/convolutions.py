@@ -58,10 +58,8 @@ class Convolved(Contributions):
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
         rows = len(inputs)
         inputs, output_gradients = inputs.flatten(0, 1)[None], output_gradients.flatten(0, 1)[None]
-        by_row = self._weight_gradient(inputs, output_gradients, rows).unflatten(0, (rows, -1))
-        if rows == len(self):
-            return by_row
-        return by_row.reshape(*self.inputs.shape[:2], *self.shape).sum(1)
+        by_row: Tensor = self._weight_gradient(inputs, output_gradients, rows).unflatten(0, (rows, -1))
+        return by_row if rows == len(self) else by_row.reshape(*self.inputs.shape[:2], *self.shape).sum(1)
 
     @property
     @override

@@ -215,12 +215,14 @@ class Outer(Contributions):
         """Return the projections of b_t a_t', shape (n, g, T, p)."""
         a, b = self.inputs, self.output_gradients
         # One product of two matrices for each group, rather than one for each example.
-        inputs = (a.flatten(0, 2) @ probe.right.T).unflatten(0, a.shape[:3])
+        inputs: Tensor = (a.flatten(0, 2) @ probe.right.T).unflatten(0, a.shape[:3])
         if b.shape[1] == 1:
-            return inputs * (b.flatten(0, 2) @ probe.left.T).unflatten(0, b.shape[:3])
+            outputs: Tensor = (b.flatten(0, 2) @ probe.left.T).unflatten(0, b.shape[:3])
+            return inputs * outputs
         left = probe.left.unflatten(1, (b.shape[1], -1))
         groups = [b[:, g].flatten(0, 1) @ left[:, g].T for g in range(b.shape[1])]  # of (n T, p)
-        return inputs * torch.stack(groups).unflatten(1, (len(a), -1)).transpose(0, 1)
+        outputs = torch.stack(groups).unflatten(1, (len(a), -1)).transpose(0, 1)
+        return inputs * outputs
 
     def _by_gram(self) -> Tensor:
         """|sum_t b_t a_t'|^2 = sum_{t,s} <a_t, a_s> <b_t, b_s>."""

@@ -69,7 +69,8 @@ def _sq_norms(rows: Tensor) -> Tensor:
 
 def _in_blocks(rows: Tensor) -> Tensor:
     if rows.shape[1] <= _BLOCK:
-        return torch.linalg.vector_norm(rows, dim=-1).double().square_()
+        sq_norms: Tensor = torch.linalg.vector_norm(rows, dim=-1).double().square_()
+        return sq_norms
     whole = rows.shape[1] // _BLOCK * _BLOCK
     blocks = rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK)
     sq_norms = torch.linalg.vector_norm(blocks, dim=-1).double().square_().sum(-1)
