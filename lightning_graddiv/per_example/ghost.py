@@ -16,12 +16,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, added
-from lightning_graddiv.per_example.layers import PARAMETER_NAMES, LayerType, Layout, layer_type
+from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
 from lightning_graddiv.per_example.records import Recorded, Use
 
@@ -88,10 +89,14 @@ class GhostRecorder:
             keeps_norms=keeps_norms,
         )
         self._handles: list[RemovableHandle] = []
+        self._passing: list[RemovableHandle] = []  # on what came out of layers in this pass
         self._unsharded: set[int] = set()
         self._clear()
 
     def _clear(self, examples: int = 0) -> None:
+        for handle in self._passing:
+            handle.remove()
+        self._passing = []
         self.uses = []
         self._examples = examples
         self._calls: dict[int, int] = defaultdict(int)
@@ -118,11 +123,12 @@ class GhostRecorder:
         tensors = self._parameters if stand_ins is None else stand_ins
         indices = {id(tensor): index for index, tensor in enumerate(tensors) if index in self._measured}
         for layer in module.modules():
-            named = ((name, layer._parameters.get(name)) for name in PARAMETER_NAMES)
-            held = {name: indices[id(parameter)] for name, parameter in named if id(parameter) in indices}
-            kind = layer_type(layer) if held else None
+            kind = layer_type(layer)
             if kind is not None:
-                self._attach_layer(layer, kind, held)
+                named = ((name, layer._parameters.get(name)) for name in kind.parameters(layer))
+                held = {name: indices[id(parameter)] for name, parameter in named if id(parameter) in indices}
+                if held:
+                    self._attach_layer(layer, kind, held)
         for index, tensor in enumerate(tensors):  # of all: what is applied must be what all of them received
             if tensor.requires_grad and not is_sharded(tensor):
                 self._handles.append(tensor.register_hook(self._gradient_hook(index)))
@@ -174,7 +180,7 @@ class GhostRecorder:
 
     def used(self, index: int) -> list[Use]:
         """Return the uses of a parameter that the backward pass has reached, in the order of the calls."""
-        return [use for use in self.uses if index in use.parameters.values() and use.output_gradient is not None]
+        return [use for use in self.uses if index in use.parameters.values() and use.is_measurable]
 
     def _guarded(self, record: Callable[[], None]) -> None:
         """Run our part of a training step: it must not end the step."""
@@ -200,27 +206,33 @@ class GhostRecorder:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()), None)
-        if not (isinstance(output, Tensor) and output.requires_grad and isinstance(inputs, Tensor)):
+        inputs, outputs = (_one_tensor if kind.inputs is None else kind.inputs)(layer, args, kwargs), _tensors(output)
+        if inputs is None or not outputs or not outputs[0].requires_grad:
             return
-        if output.numel() == 0:  # an expert that no row was sent to
+        if outputs[0].numel() == 0:  # an expert that no row was sent to
             return
         ordinals = {}
         for name, index in held.items():
             ordinals[name] = self._calls[index]
             self._calls[index] += 1
-        use = Use(layer, kind, held, ordinals, inputs.detach(), inputs._version)
+        use = Use(layer, kind, held, ordinals, inputs, None if kind.inputs is None else outputs[0])
         self.uses.append(use)
-        self._handles.append(
-            output.register_hook(lambda gradient: self._guarded(lambda: self._on_gradient(use, gradient)))
-        )
 
-    def _on_gradient(self, use: Use, gradient: Tensor) -> None:
+        def on_gradients(gradients: Sequence[Tensor | None]) -> None:
+            self._guarded(lambda: self._on_gradients(use, gradients))
+
+        if len(outputs) == 1:
+            self._passing.append(outputs[0].register_hook(lambda gradient: on_gradients((gradient,))))
+        else:  # called once, when all gradients are there that there will be
+            self._passing.append(register_multi_grad_hook(outputs, on_gradients))
+
+    def _on_gradients(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
         if use.is_reached:
             for index in use.parameters.values():
                 self._ledger.misses[index] = "it takes part in more than one backward pass"
             return
-        use.is_reached, use.output_gradient = True, gradient.detach()
+        use.is_reached = True
+        use.output_gradients = tuple(None if gradient is None else gradient.detach() for gradient in gradients)
         if self._layouts is None or self._shared.intersection(use.parameters.values()):
             return
         self._measure([use])
@@ -229,14 +241,13 @@ class GhostRecorder:
 
     def _measure_waiting(self) -> None:
         """Measure what was kept until the whole backward pass was seen."""
-        together = [use for use in self.uses if use.output_gradient is not None]
+        together = [use for use in self.uses if use.is_measurable]
         if self._layouts is not None and together:
             self._measure(together)
 
     def _measure(self, uses: Sequence[Use]) -> None:
         contributions: dict[int, list[Contributions]] = defaultdict(list)
         for use in uses:
-            by_layout: dict[Layout, dict[str, Contributions]] = {}
             for name, index in use.parameters.items():
                 layout = self._layout(index, use.ordinals[name], use.leading)
                 if layout is None:
@@ -244,19 +255,19 @@ class GhostRecorder:
                         index, f"the leading dimensions {use.leading} of its layer's input do not hold the examples"
                     )
                     continue
-                if layout not in by_layout:
-                    by_layout[layout] = use.contributions(layout, self._examples)
-                if name in by_layout[layout]:
-                    contributions[index].append(by_layout[layout][name])
+                found = use.contributions(layout, self._examples)
+                if name in found:
+                    contributions[index].append(found[name])
             self._note_precision(use)
-        for index, found in contributions.items():
-            self._ledger.contribute(index, added(found))
+        for index, parts in contributions.items():
+            self._ledger.contribute(index, added(parts))
 
     def _note_precision(self, use: Use) -> None:
-        if use.output_gradient is not None:
-            bits = torch.finfo(use.output_gradient.dtype).bits
-            rounds = bits == 32 and use.output_gradient.is_cuda and allows_tf32()
-            self._ledger.note_precision(16 if rounds else bits)
+        for gradient in use.output_gradients:
+            if gradient is not None:
+                bits = torch.finfo(gradient.dtype).bits
+                rounds = bits == 32 and gradient.is_cuda and allows_tf32()
+                self._ledger.note_precision(16 if rounds else bits)
 
     def _layout(self, index: int, ordinal: int, leading: tuple[int, ...]) -> Layout | None:
         if self._layouts is None:
@@ -276,6 +287,18 @@ class GhostRecorder:
                 if gradient is not None and not gradient.is_complex()
             }
         )
+
+
+def _one_tensor(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor] | None:
+    inputs = args[0] if args else next(iter(kwargs.values()), None)
+    return (inputs,) if isinstance(inputs, Tensor) else None
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return all tensors of an output, which may be a tuple of some and of tuples of some."""
+    if isinstance(output, tuple):
+        return [tensor for part in output for tensor in _tensors(part)]
+    return [output] if isinstance(output, Tensor) else []
 
 
 def allows_tf32() -> bool:

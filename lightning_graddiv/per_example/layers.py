@@ -5,7 +5,7 @@ the options that it names; everything else is left to another engine.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -16,6 +16,15 @@ from torch import Tensor, nn
 
 from lightning_graddiv.per_example.convolutions import convolution_weight
 from lightning_graddiv.per_example.factors import Contributions, Explicit, Lookup, Outer
+from lightning_graddiv.per_example.recurrent import (
+    cell_parameters,
+    has_known_gates,
+    is_whole,
+    layer_parameters,
+    recurrent_cell,
+    recurrent_layer,
+    what_goes_in,
+)
 
 
 class Layout(Enum):
@@ -73,8 +82,19 @@ class Arrangement:
 Leading = Callable[[Any, Tensor], int]
 """(layer, input) -> how many leading dimensions of the input the layer's parameters do not see."""
 
-Rule = Callable[[Any, Tensor, Tensor, Arrangement], dict[str, Contributions]]
-"""(layer, input, gradient of the output, arrangement) -> contributions to each parameter of the layer that has one."""
+Rule = Callable[[Any, Any, Any, Arrangement], dict[str, Contributions]]
+"""(layer, input, gradient of the output, arrangement) -> contributions to each parameter of the layer that has one.
+
+Where a layer has several of them, both are tuples: what went in and, last, the first of what came out (None where it
+was changed since); and the gradient of all that came out (None where there is none).
+"""
+
+Inputs = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Tensor | None, ...] | None]
+"""(layer, arguments, keywords) -> what a call depends on, that which holds the examples first; None: no rule."""
+
+
+def _weight_and_bias(_: Any) -> Sequence[str]:
+    return ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -85,15 +105,16 @@ class LayerType:
         contributions: the rule.
         leading: where its examples may lie.
         accepts: whether the rule holds for this layer's options.
+        parameters: what the layer's parameters are called.
+        inputs: what its rule needs of the arguments, if they and the outputs are several. None: one tensor each.
     """
 
     contributions: Rule
     leading: Leading
     accepts: Callable[[Any], bool]
+    parameters: Callable[[Any], Sequence[str]] = _weight_and_bias
+    inputs: Inputs | None = None
 
-
-PARAMETER_NAMES = ("weight", "bias")
-"""What the parameters of all these layers are called."""
 
 LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
 
@@ -122,11 +143,13 @@ def rule(
     *types: type[nn.Module],
     leading: Leading,
     accepts: Callable[[Any], bool] = lambda _: True,
+    parameters: Callable[[Any], Sequence[str]] = _weight_and_bias,
+    inputs: Inputs | None = None,
 ) -> Callable[[Rule], Rule]:
     """Register a rule for exactly these types."""
 
     def register(function: Rule) -> Rule:
-        LAYER_TYPES.update(dict.fromkeys(types, LayerType(function, leading, accepts)))
+        LAYER_TYPES.update(dict.fromkeys(types, LayerType(function, leading, accepts, parameters, inputs)))
         return function
 
     return register
@@ -149,7 +172,7 @@ def _first(_: Any, __: Tensor) -> int:
 
 
 def _first_if_batched(dimensions: int) -> Leading:
-    """Convolutions and instance norms also take a single example without a leading dimension."""
+    """Convolutions, instance norms and cells also take a single example without a leading dimension."""
     return lambda _, inputs: 1 if inputs.ndim == dimensions + 2 else 0
 
 
@@ -263,6 +286,29 @@ def _batch_statistics(
 for _dimensions, _norm in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1):
     rule(_norm, leading=_first_if_batched(_dimensions))(_batch_statistics)
 rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, leading=_first)(_batch_statistics)
+
+
+def _sequences_if_batched(_: Any, inputs: Tensor) -> int:
+    return 2 if inputs.ndim == 3 else 0
+
+
+rule(
+    nn.LSTM,
+    nn.GRU,
+    nn.RNN,
+    leading=_sequences_if_batched,
+    accepts=has_known_gates,
+    parameters=layer_parameters,
+    inputs=what_goes_in,
+)(recurrent_layer)
+rule(
+    nn.GRUCell,
+    nn.RNNCell,
+    leading=_first_if_batched(0),
+    accepts=is_whole,
+    parameters=cell_parameters,
+    inputs=what_goes_in,
+)(recurrent_cell)
 
 
 def _wants(parameter: Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """What is recorded of a training step: the calls of its layers, and what a backward pass showed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ class Use:
         kind: what is known of its type.
         parameters: which of its parameters are measured, name to index.
         ordinals: the how-manieth use of the parameter this is, name to count.
-        inputs: of the call.
-        output_gradient: None until the backward pass comes by.
+        inputs: of the call: those that the rule needs.
+        output: the first of what came out, if the rule needs it.
+        versions: how often each of these had been written to.
+        output_gradients: of all that came out; none until the backward pass comes by.
         is_reached: whether it has come by.
     """
 
@@ -30,35 +32,62 @@ class Use:
     kind: LayerType
     parameters: dict[str, int]
     ordinals: dict[str, int]
-    inputs: Tensor
-    version: int
-    output_gradient: Tensor | None = None
+    inputs: tuple[Tensor | None, ...]
+    output: Tensor | None
+    versions: tuple[int, ...] = field(init=False)
+    output_gradients: tuple[Tensor | None, ...] = ()
     is_reached: bool = False
+    _found: dict[Layout, dict[str, Contributions]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.inputs = tuple(None if value is None else value.detach() for value in self.inputs)
+        self.output = None if self.output is None else self.output.detach()
+        self.versions = _versions(*self.inputs, self.output)
 
     def release(self) -> None:
         """Let go of the tensors, which the backward pass is about to free."""
-        self.inputs, self.output_gradient = self.inputs.new_empty(0), None
+        self.inputs, self.output, self.output_gradients = (), None, ()
+        self._found.clear()
 
     @property
     def leading(self) -> tuple[int, ...]:
         """The shape of the input's dimensions that the parameters do not see."""
-        return tuple(self.inputs.shape[: self.kind.leading(self.layer, self.inputs)])
+        values = self.inputs[0]
+        return () if values is None else tuple(values.shape[: self.kind.leading(self.layer, values)])
+
+    @property
+    def gradient_dtype(self) -> torch.dtype | None:
+        """Of the gradients; None where there are none."""
+        return next((gradient.dtype for gradient in self.output_gradients if gradient is not None), None)
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether the backward pass has come by, and what it showed is still there."""
+        return self.gradient_dtype is not None
 
     def contributions(self, layout: Layout, examples: int) -> dict[str, Contributions]:
-        """Return what each example contributes to each parameter, in at least float32.
+        """Return what each example contributes to each parameter, in at least float32; formed once.
 
         Raises:
             MeasurementError: the input was changed after the call.
         """
-        if self.inputs._version != self.version:
+        if layout not in self._found:
+            self._found[layout] = self._form(Arrangement(layout, examples))
+        return self._found[layout]
+
+    def _form(self, arrangement: Arrangement) -> dict[str, Contributions]:
+        if _versions(*self.inputs) != self.versions[: len(self.inputs)]:
             raise MeasurementError(f"the input of a `{type(self.layer).__name__}` was changed in place after its use")
-        gradient = self.output_gradient
-        if gradient is None:
+        dtype = self.gradient_dtype
+        if dtype is None:
             raise MeasurementError("the backward pass did not reach the layer")
-        inputs = self.inputs
-        if inputs.is_floating_point():  # as autocast has it
-            inputs = _wide(inputs.to(gradient.dtype))
-        return self.kind.contributions(self.layer, inputs, _wide(gradient), Arrangement(layout, examples))
+        inputs = [_as_autocast_has_it(value, dtype) for value in self.inputs]
+        gradients = [None if gradient is None else _wide(gradient) for gradient in self.output_gradients]
+        if self.kind.inputs is None:
+            return self.kind.contributions(self.layer, inputs[0], gradients[0], arrangement)
+        is_unchanged = _versions(self.output) == self.versions[-1:]
+        output = _as_autocast_has_it(self.output, dtype) if is_unchanged else None
+        return self.kind.contributions(self.layer, (*inputs, output), tuple(gradients), arrangement)
 
 
 @dataclass
@@ -86,6 +115,14 @@ class Recorded:
         """Return the squared norms over these parameters, shape (n,)."""
         found = [self.sq_norms[index] for index in parameters if index in self.sq_norms]
         return torch.stack(found).sum(0) if found else torch.zeros(self.examples, dtype=torch.float64)
+
+
+def _versions(*values: Tensor | None) -> tuple[int, ...]:
+    return tuple(-1 if value is None else value._version for value in values)
+
+
+def _as_autocast_has_it(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return _wide(value.to(dtype)) if value is not None and value.is_floating_point() else value
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -195,6 +195,37 @@ def test_with_views_stacked_under_each_other():
     assert worst_error(trained(module).probes, module) < EXACT
 
 
+class Sequential(nn.Module):
+    """A recurrent layer of two layers in both directions, of which the output and the last state are used."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn = kind(3, 8, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        output, state = self.rnn(x.transpose(1, 2))
+        hidden = state[0] if isinstance(state, tuple) else state
+        return self.head(torch.cat([output.mean(1), hidden[0], hidden[-1]], 1))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_measured_in_the_step_itself(kind, accumulate):
+    module = Witness(Sequential(kind))
+    monitor = trained(module, accumulate_grad_batches=accumulate)
+    assert worst_error(monitor.probes, module) < EXACT
+    assert monitor._measurer.engine == "ghost"
+    assert monitor.coverages == [1.0] * len(monitor.probes)
+    assert monitor._measurer._ghost.misses == {}  # nothing was left to another engine
+
+
+def test_recurrent_layers_in_float64_to_the_last_digits():
+    module = Witness(Sequential(nn.LSTM).double())
+    monitor = trained(module, signals(dtype=torch.float64), precision="64-true")
+    assert worst_error(monitor.probes, module) < 1e-12
+
+
 class Manual(Witness):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

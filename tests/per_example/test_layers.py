@@ -279,7 +279,7 @@ DECLINED = {
     "a parametrised layer": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)),
     "two bases": lambda: type("Both", (Scaled, nn.Linear), {})(5, 3),
     "a bilinear layer": lambda: nn.Bilinear(2, 3, 4),
-    "an lstm": lambda: nn.LSTM(2, 3),
+    "an lstm with projections": lambda: nn.LSTM(2, 3, proj_size=2),
     "a transposed convolution": lambda: nn.ConvTranspose1d(2, 3, 3),
     "a container": lambda: nn.Sequential(nn.Linear(5, 3)),
 }

@@ -1,0 +1,142 @@
+"""Gradients of the gates of a recurrent layer, by hand: from what its outputs receive, back through time.
+
+What a layer read and what it put out are known, and with them every h_{t-1}: so all gates of all positions follow from
+one product of matrices. Only the gradient has to go from position to position, in as few operations as can be.
+Derivatives are formed by torch's own backward functions, one pass over memory each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_through_sigmoid = torch.ops.aten.sigmoid_backward.default
+"""(gradient of the sigmoid, the sigmoid) -> gradient of what went in."""
+
+_through_tanh = torch.ops.aten.tanh_backward.default
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One direction of one layer, in the order in which it reads: T positions of n rows, H units.
+
+    Attributes:
+        inputs: x_t, shape (T, n, in).
+        before: h_{t-1}, shape (T, n, H).
+        after: h_t, shape (T, n, H).
+        cell: c_0, shape (n, H); only an LSTM looks at it.
+        weights: of the input, (g H, in), and of h, (g H, H), followed by their biases where there are any.
+        of_outputs: the gradient of each h_t as an output, shape (T, n, H).
+        of_hidden: the gradient of h_T, as an output and as the last state, shape (n, H).
+        of_cell: the gradient of c_T, shape (n, H), likewise.
+    """
+
+    inputs: Tensor
+    before: Tensor
+    after: Tensor
+    cell: Tensor
+    weights: tuple[Tensor, ...]
+    of_outputs: Tensor
+    of_hidden: Tensor
+    of_cell: Tensor
+
+    def sides(self, gates: int) -> tuple[Tensor, Tensor]:
+        """Return ``x W' + b`` and ``h W' + b`` for all positions, shape (T, n, g, H)."""
+        of_input, of_hidden, *biases = self.weights
+        products = [_product(self.inputs, of_input, *biases[:1]), _product(self.before, of_hidden, *biases[1:])]
+        x, h = (product.unflatten(-1, (gates, -1)) for product in products)
+        return x, h
+
+    def sum(self, gates: int) -> Tensor:
+        """Return the sum of both sides, shape (T, n, g, H)."""
+        of_input, of_hidden, *biases = self.weights
+        both: Tensor = _product(self.inputs, of_input, *([biases[0] + biases[1]] if biases else []))
+        both.flatten(0, 1).addmm_(self.before.flatten(0, 1), of_hidden.T)
+        by_gate: Tensor = both.unflatten(-1, (gates, -1))
+        return by_gate
+
+    def back(self, gate_gradients: Tensor, position: int) -> Tensor:
+        """Return the gradient of h at the position before, from outside of the layer and through the gates."""
+        return torch.addmm(self.of_outputs[position - 1], gate_gradients.flatten(1), self.weights[1])
+
+
+GateGradients = Callable[[Scan], tuple[Tensor, Tensor]]
+"""The gradients of ``x W' + b`` and of ``h W' + b``, shape (T, n, g H)."""
+
+
+def _product(values: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+    return torch.nn.functional.linear(values, weight, *bias)
+
+
+def lstm_gates(scan: Scan) -> tuple[Tensor, Tensor]:
+    """``c_t = f c_{t-1} + i g``, ``h_t = o tanh(c_t)``."""
+    gates = scan.sum(4)
+    gates[:, :, :2].sigmoid_()
+    i, f, g, o = gates[:, :, 0], gates[:, :, 1], gates[:, :, 2].tanh_(), gates[:, :, 3].sigmoid_()
+    cells = [scan.cell]
+    for added, kept in zip((i * g).unbind(0), f.unbind(0), strict=True):
+        cells.append(torch.addcmul(added, kept, cells[-1]))
+    squashed = torch.stack(cells[1:]).tanh_()
+    to_cell = _through_tanh(o, squashed)
+    slopes = torch.stack(
+        [
+            _through_sigmoid(g, i),
+            _through_sigmoid(torch.stack(cells[:-1]), f),
+            _through_tanh(i, g),
+            _through_sigmoid(squashed, o),
+        ],
+        2,
+    )
+    of_hidden, of_cell = scan.of_hidden, scan.of_cell
+    for t in reversed(range(len(slopes))):
+        of_cell = torch.addcmul(of_cell, of_hidden, to_cell[t])
+        slopes[t, :, :3].mul_(of_cell.unsqueeze(1))
+        slopes[t, :, 3].mul_(of_hidden)
+        if t > 0:
+            of_hidden, of_cell = scan.back(slopes[t], t), of_cell * f[t]
+    found = slopes.flatten(2)
+    return found, found
+
+
+def gru_gates(scan: Scan) -> tuple[Tensor, Tensor]:
+    """``h_t = (1 - z) n + z h_{t-1}``, ``n = tanh(x_n + r h_n)``: r stands before the candidate's hidden side only."""
+    x, h = scan.sides(3)
+    r, z = (x[:, :, :2] + h[:, :, :2]).sigmoid_().unbind(2)
+    n = torch.addcmul(x[:, :, 2], r, h[:, :, 2]).tanh_()
+    to_candidate = _through_tanh(1 - z, n)
+    slopes = torch.stack(
+        [
+            _through_sigmoid(to_candidate * h[:, :, 2], r),
+            _through_sigmoid(scan.before - n, z),
+            to_candidate * r,
+        ],
+        2,
+    )
+    of_hidden, received = scan.of_hidden, []
+    for t in reversed(range(len(slopes))):
+        received.append(of_hidden)
+        slopes[t].mul_(of_hidden.unsqueeze(1))
+        if t > 0:
+            of_hidden = scan.back(slopes[t], t).addcmul_(of_hidden, z[t])
+    candidate = to_candidate.mul_(torch.stack(received[::-1]))
+    return torch.stack([slopes[:, :, 0], slopes[:, :, 1], candidate], 2).flatten(2), slopes.flatten(2)
+
+
+def tanh_gates(scan: Scan) -> tuple[Tensor, Tensor]:
+    """``h_t = tanh(x_h + h_h)``."""
+    return _simple_gates(scan, _through_tanh(torch.ones_like(scan.after), scan.after))
+
+
+def relu_gates(scan: Scan) -> tuple[Tensor, Tensor]:
+    """``h_t = max(0, x_h + h_h)``."""
+    return _simple_gates(scan, (scan.after > 0).to(scan.after.dtype))
+
+
+def _simple_gates(scan: Scan, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    of_hidden = scan.of_hidden
+    for t in reversed(range(len(slopes))):
+        slopes[t].mul_(of_hidden)
+        if t > 0:
+            of_hidden = scan.back(slopes[t], t)
+    return slopes, slopes
