@@ -2,7 +2,15 @@
 
 from lightning_graddiv.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_graddiv.callbacks.growth import Growth
+from lightning_graddiv.callbacks.mechanisms import DropConnect, GradientQuantization, LangevinNoise
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
+from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
+from lightning_graddiv.differential import (
+    DifferentialMoments,
+    LearningRateCap,
+    StabilityEstimate,
+    estimate_stability,
+)
 from lightning_graddiv.diversity import (
     DiversityEstimate,
     GradientMoments,
@@ -21,18 +29,26 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveBatchSize",
     "BatchSizeBound",
+    "DifferentialDiversityMonitor",
+    "DifferentialMoments",
     "DiversityBound",
     "DiversityEstimate",
+    "DropConnect",
     "GradientDiversity",
     "GradientDiversityMonitor",
     "GradientMoments",
+    "GradientQuantization",
     "GradientSums",
     "Growth",
+    "LangevinNoise",
+    "LearningRateCap",
     "MeasurementError",
     "Policy",
     "RunState",
+    "StabilityEstimate",
     "batch_size_bound",
     "estimate_diversity",
+    "estimate_stability",
     "gradient_diversity",
     "measure_moments",
     "per_example_squared_norms",

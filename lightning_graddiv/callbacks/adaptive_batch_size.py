@@ -25,9 +25,15 @@ from lightning_graddiv.batching.loops import (
 )
 from lightning_graddiv.batching.resizer import BatchResizer
 from lightning_graddiv.batching.sampler import drawn_examples
-from lightning_graddiv.callbacks.checks import refuse_other_resizers, require, require_automatic_optimization
+from lightning_graddiv.callbacks.checks import (
+    refuse_other_resizers,
+    require,
+    require_among_callbacks,
+    require_automatic_optimization,
+)
 from lightning_graddiv.callbacks.growth import Growth, Throughput, explain
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
+from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
 from lightning_graddiv.distributed import smallest_over_ranks
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
@@ -64,12 +70,16 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         cooldown: measurements after a growth before the next, and probes that a growth needs (no more than ``window``).
         scale_lr: ``"gain"``, ``"linear"``, ``"sqrt"``, None, or ``"auto"``: gain for SGD, its square root for any other
             optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`.
+        stability: a second cap, for near a minimum B_S grows without limit: a :class:`.DifferentialDiversityMonitor`
+            of the same trainer. The batch grows only if the learning rate that it would have then is at most the lower
+            end of what that finds stable.
 
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: at the start of ``fit``, where the monitor refuses; ``max_batch_size`` below the
             starting effective batch size; several training loaders, or one that does not tell its batch size; a
-            ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside.
+            ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside; a ``stability`` monitor that is
+            not among the trainer's callbacks.
 
     Example::
 
@@ -97,6 +107,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         max_micro_batch_size: int | None = None,
         cooldown: int = 8,
         scale_lr: LearningRateRule = "auto",
+        stability: DifferentialDiversityMonitor | None = None,
     ) -> None:
         self._scale = LearningRateScale()
         self._resizer: BatchResizer | None = None
@@ -114,6 +125,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self.max_micro_batch_size = max_micro_batch_size
         self.cooldown = cooldown
         self.scale_lr = scale_lr
+        self.stability = stability
 
     @override
     def _forget(self) -> None:
@@ -140,6 +152,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         if stage != "fit":
             return
         refuse_other_resizers(trainer, self)
+        if self.stability is not None:
+            require_among_callbacks(trainer, self.stability, "stability")
         self._resizer = BatchResizer(
             trainer,
             max_batch_size=self.max_batch_size,
@@ -274,19 +288,15 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
                     f"stays at {self.batch_size}."
                 )
             allowed = 0.0
+        if target <= min(allowed, self.max_batch_size) and not self._is_stable(trainer, target, estimate, run):
+            allowed = float(self.batch_size)
         allowed = 0.0 if math.isnan(allowed) else allowed
         return smallest_over_ranks([allowed], trainer.strategy.root_device)[0]
 
     def _grow(self, trainer: Trainer, target: int, allowed: float, estimate: DiversityEstimate) -> None:
         resizer = self._running()
         resizer.resize(target)
-        self._scale.factor = learning_rate_factor(
-            self.scale_lr,
-            batch_size=target,
-            base_batch_size=self.history[0].from_batch_size if self.history else self.batch_size,
-            bound=estimate.lower,
-            optimizer=trainer.optimizers[0],
-        )
+        self._scale.factor = self._factor_at(trainer, target, estimate)
         growth = Growth(
             step=self.optimizer_steps,
             epoch=trainer.current_epoch,
@@ -306,6 +316,28 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self.batch_size = target
         self._measured_since_growth = 0
         self._window.clear()
+
+    def _factor_at(self, trainer: Trainer, target: int, estimate: DiversityEstimate) -> float:
+        return learning_rate_factor(
+            self.scale_lr,
+            batch_size=target,
+            base_batch_size=self.history[0].from_batch_size if self.history else self.batch_size,
+            bound=estimate.lower,
+            optimizer=trainer.optimizers[0],
+        )
+
+    def _is_stable(self, trainer: Trainer, target: int, estimate: DiversityEstimate, run: RunState) -> bool:
+        """Tell whether the learning rate at the target size is within what is measured to be stable."""
+        if self.stability is None:
+            return True
+        rate = run.learning_rate / self._scale.factor * self._factor_at(trainer, target, estimate)
+        cap = self.stability.learning_rate_cap(target)
+        if rate > cap.lower and self._refusals.is_new("stability"):
+            rank_zero_info(
+                f"AdaptiveBatchSize: the batch stays at {self.batch_size} for now: {target} examples would be trained "
+                f"on with a learning rate of {rate:.3g}, and {cap.lower:.3g} to {cap.upper:.3g} is what is stable."
+            )
+        return rate <= cap.lower
 
     def _run_state(self, trainer: Trainer) -> RunState:
         return RunState(

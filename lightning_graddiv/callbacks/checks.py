@@ -95,3 +95,16 @@ def require_own_prefix(trainer: Any, callback: Any) -> None:
             raise MisconfigurationException(
                 f"Two callbacks log under `{callback.log_prefix}/`: give one of them another `log_prefix`."
             )
+
+
+def require_among_callbacks(trainer: Any, other: Any, argument: str) -> None:
+    """Refuse a callback that another relies on and that the trainer does not run.
+
+    Raises:
+        MisconfigurationException: the trainer does not have it.
+    """
+    if not any(callback is other for callback in trainer.callbacks):
+        raise MisconfigurationException(
+            f"Expected argument `{argument}` to be among the trainer's callbacks, or it never measures: add it to "
+            "`Trainer(callbacks=[...])`."
+        )

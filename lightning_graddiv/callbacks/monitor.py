@@ -22,7 +22,7 @@ from lightning_graddiv.callbacks.checks import (
 from lightning_graddiv.callbacks.measurer import StepMeasurer
 from lightning_graddiv.callbacks.outcome import Outcome
 from lightning_graddiv.callbacks.refusals import Refusals
-from lightning_graddiv.callbacks.report import metrics_of, report
+from lightning_graddiv.callbacks.report import mechanism_metrics, metrics_of, report
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
 from lightning_graddiv.distributed import agreed_over_ranks
 from lightning_graddiv.diversity import (
@@ -131,6 +131,11 @@ class GradientDiversityMonitor(Callback):
         return self._generate_state_key(
             every_n_steps=self.every_n_steps, engine=self.engine, log_prefix=self.log_prefix
         )
+
+    @property
+    def watches_gradients(self) -> bool:
+        """Whether it is about to look at the gradient of the present optimizer step."""
+        return self._measurer.is_open
 
     def on_estimate(self, trainer: Trainer, pl_module: LightningModule, estimate: DiversityEstimate) -> None:
         """Override to use an estimate; called after the measured step, on every process with the same numbers."""
@@ -303,7 +308,7 @@ class GradientDiversityMonitor(Callback):
                 "(use_distributed_sampler=True), or shard the data by process."
             )
 
-    def _publish(self, trainer: Trainer, estimate: DiversityEstimate) -> None:
+    def _publish(self, trainer: Any, estimate: DiversityEstimate) -> None:
         metrics = metrics_of(
             estimate,
             batch_size=self._effective_batch_size(trainer),
@@ -311,6 +316,7 @@ class GradientDiversityMonitor(Callback):
             coverage=self._coverage,
             overhead=self._stopwatch.overhead,
         )
+        metrics |= mechanism_metrics(trainer.callbacks, estimate)
         report(trainer, metrics, prefix=self.log_prefix, step=self._opened_step)
 
     def _effective_batch_size(self, trainer: Trainer) -> int:

@@ -1,12 +1,13 @@
 """What a measurement says to loggers, progress bar and other callbacks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 
-from lightning_graddiv.diversity import DiversityEstimate
-from lightning_graddiv.theory import gain
+from lightning_graddiv.diversity import DiversityEstimate, bound_from_pairs
+from lightning_graddiv.theory import MechanismEffect, gain
 
 _SHOWN = "batch_size_bound"
 """The one number that the progress bar has room for."""
@@ -38,6 +39,32 @@ def metrics_of(
         "overhead": overhead,
     }
     return metrics if estimate.diversity is None else {**metrics, "diversity": estimate.diversity}
+
+
+def mechanism_metrics(callbacks: Sequence[Any], estimate: DiversityEstimate) -> dict[str, float]:
+    """Return what becomes of the estimate by the noise that mechanisms among the callbacks put into gradients.
+
+    ``mechanism_bound`` is the bound of the noisy gradients (section 6 of the paper). It comes with their second moment
+    and their squared mean, which show that a larger bound is more noise and no more signal.
+
+    Args:
+        callbacks: in the order in which they act, but those that act at the update come last.
+        estimate: of gradients without it.
+
+    Returns:
+        Nothing where no mechanism acts, or one does not know what it did.
+    """
+    acting = sorted((c for c in callbacks if hasattr(c, "effect")), key=lambda c: bool(c.acts_at_update))
+    effects = [callback.effect for callback in acting]
+    if not effects or None in effects:
+        return {}
+    effect = reduce(MechanismEffect.then, effects)
+    second_moment, signal = effect.second_moment(estimate.second_moment), effect.sq_norm(estimate.signal)
+    return {
+        "mechanism_bound": bound_from_pairs(signal, second_moment, estimate.dataset_size),
+        "mechanism_second_moment": second_moment,
+        "mechanism_grad_sq_norm": signal,
+    }
 
 
 def report(trainer: Any, metrics: Mapping[str, float], *, prefix: str, step: int) -> None:

@@ -51,7 +51,7 @@ def test_bound_moments_and_loss_are_those_of_its_gradients():
     assert float(batch_size_bound(gradients)) == pytest.approx(problem.bound(sq_norm), rel=1e-12)
     assert float(gradients.square().sum(1).mean()) == pytest.approx(problem.second_moment(sq_norm), rel=1e-12)
     loss = (1.5 * (w - problem.centres).square().sum(1)).mean()
-    assert float(loss) == pytest.approx(problem.loss(w.detach()), rel=1e-12)
+    assert float(loss.detach()) == pytest.approx(problem.loss(w.detach()), rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(loss, w)[0], gradients.mean(0))
     assert problem.bound(0.0) == math.inf
 
