@@ -100,6 +100,6 @@ def warned(match: str) -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield messages
     said = (str(warning.message) for warning in caught)
-    ours = "GradientDiversityMonitor|AdaptiveBatchSize|Collector|Engine"
+    ours = "GradientDiversityMonitor|AdaptiveBatchSize|Collector|Engine|DropConnect|DifferentialDiversityMonitor"
     messages += [text for text in said if re.search(ours, text)]
     assert any(re.search(match, message) for message in messages), messages

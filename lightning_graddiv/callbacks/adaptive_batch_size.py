@@ -78,8 +78,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         ValueError: an argument out of range.
         MisconfigurationException: at the start of ``fit``, where the monitor refuses; ``max_batch_size`` below the
             starting effective batch size; several training loaders, or one that does not tell its batch size; a
-            ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside; a ``stability`` monitor that is
-            not among the trainer's callbacks.
+            ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside; a ``stability`` monitor that
+            is not among the trainer's callbacks.
 
     Example::
 

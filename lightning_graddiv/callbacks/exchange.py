@@ -52,17 +52,16 @@ class WorkerExchange:
                 f"{self._callback} exchanges gradients by a DDP communication hook, but there is one already and DDP "
                 "takes no second: remove `ddp_comm_hook` from the strategy."
             )
-        model.register_comm_hook(self, WorkerExchange._on_bucket)
+        model.register_comm_hook(self, lambda exchange, bucket: exchange._on_bucket(bucket))
 
-    @staticmethod
-    def _on_bucket(state: "WorkerExchange", bucket: Any) -> Any:
+    def _on_bucket(self, bucket: Any) -> Any:
         buffer = bucket.buffer()
         devices = [] if buffer.device.type == "cpu" else [buffer.device]
         future: Any = torch.futures.Future(devices=devices)
-        state._pending.append((bucket, future))
+        self._pending.append((bucket, future))
         if bucket.is_last():
-            pending, state._pending = state._pending, []
-            state._finish(pending)
+            pending, self._pending = self._pending, []
+            self._finish(pending)
         return future
 
     def _finish(self, pending: list[tuple[Any, Any]]) -> None:

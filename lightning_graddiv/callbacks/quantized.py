@@ -52,7 +52,7 @@ def quantized_mean(gradients: Sequence[Tensor], *counters: int) -> QuantizedMean
         if not torch.isfinite(torch.tensor(length)):
             mean.fill_(float("nan"))
             continue
-        mean[signed.abs() - 1] += (signed.sign() * (length / len(messages))).to(dtype)  # no position comes twice
+        mean[signed.abs() - 1] += signed.sign().to(dtype) * (length / len(messages))  # no position comes twice
         variance += (length * total - length**2) / len(messages) ** 2
     parts = mean.split([len(g) for g in flat])
     return QuantizedMean(

@@ -63,7 +63,9 @@ class DifferentialEngine:
     ) -> tuple[GradientSums, float, float]:
         values = [parameter.detach() for parameter in loss.parameters]
         steps = [a - b for a, b in zip(values, reference, strict=True)]
-        distance = float(sum_of_squares(steps)) ** 0.5
+        sq_distance = sum_of_squares(steps)
+        require_finite(sq_distance, "weight vector")
+        distance = float(sq_distance) ** 0.5
         if not distance > _SAME_POINT * float(sum_of_squares(values)) ** 0.5:
             raise MeasurementError("The weights and the reference are the same, so that no gradients differ.")
         norms, sums = [], None
