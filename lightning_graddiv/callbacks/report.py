@@ -54,7 +54,7 @@ def mechanism_metrics(callbacks: Sequence[Any], estimate: DiversityEstimate) -> 
     Returns:
         Nothing where no mechanism acts, or one does not know what it did.
     """
-    acting = sorted((c for c in callbacks if hasattr(c, "effect")), key=lambda c: bool(c.acts_at_update))
+    acting = sorted((c for c in callbacks if hasattr(c, "acts_at_update")), key=lambda c: bool(c.acts_at_update))
     effects = [callback.effect for callback in acting]
     if not effects or None in effects:
         return {}

@@ -1,13 +1,10 @@
 """The callback that measures how large a learning rate is still stable, between two weight vectors."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_graddiv.batching.dataset_size import distinct_examples
@@ -22,6 +19,7 @@ from lightning_graddiv.callbacks.checks import (
 )
 from lightning_graddiv.callbacks.mechanism import require_whole_gradients
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
+from lightning_graddiv.callbacks.reference import Reference, Weights, trained_parameters
 from lightning_graddiv.callbacks.refusals import Refusals
 from lightning_graddiv.callbacks.replay import SeenStep
 from lightning_graddiv.callbacks.report import report
@@ -32,8 +30,6 @@ from lightning_graddiv.distributed import agreed_over_ranks, pool_over_ranks, su
 from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, GradientMoments, GradientSums
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.differential import DifferentialEngine
-
-Weights = Mapping[str, Tensor]
 
 
 class DifferentialDiversityMonitor(Callback):
@@ -118,7 +114,7 @@ class DifferentialDiversityMonitor(Callback):
         self.optimizer_steps = 0
         self.measurements = 0
         self._probes.clear()
-        self._kept: dict[str, Tensor] = {}
+        self._reference = Reference(self.reference, self.lag, self.every_n_steps, self.decay)
         self._engine = DifferentialEngine(type(self).__name__, self.max_examples)
         self._refusals = Refusals()
         self._tap: TrainingStepTap | None = None
@@ -153,8 +149,8 @@ class DifferentialDiversityMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_one_optimizer(trainer, pl_module, type(self).__name__)
         require_automatic_optimization(pl_module, type(self).__name__)
-        if not isinstance(self.reference, str):
-            _values_of(self._second_run(), _trained(pl_module, trainer.optimizers[0]))
+        if self._reference.is_given:
+            self._reference.values(trained_parameters(pl_module, trainer.optimizers[0]))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,7 +223,7 @@ class DifferentialDiversityMonitor(Callback):
             "measurements": self.measurements,
             "is_due": self._is_due,
             "probes": [probe.state_dict() for probe in self._probes],
-            "reference": {name: value.clone() for name, value in self._kept.items()},
+            "reference": self._reference.state_dict(),
         }
 
     @override
@@ -238,7 +234,7 @@ class DifferentialDiversityMonitor(Callback):
         self.measurements = state_dict["measurements"]
         self._is_due = state_dict["is_due"]
         self._probes.extend(DifferentialMoments.from_state_dict(probe) for probe in state_dict["probes"])
-        self._kept = dict(state_dict["reference"])
+        self._reference.load_state_dict(state_dict["reference"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running trainer; Lightning puts ``log`` and ``log_dict`` on every callback."""
@@ -249,20 +245,8 @@ class DifferentialDiversityMonitor(Callback):
         examples = distinct_examples(single_train_loader(trainer), trainer.num_training_batches, trainer.world_size)
         self._dataset_size = agreed_over_ranks(examples, trainer.strategy.root_device)
 
-    @torch.no_grad()
-    def _keep(self, trainer: Trainer, module: nn.Module) -> None:
-        """Keep of the present weights what the reference needs; before a step, and after a measurement at it."""
-        trained = _trained(module, trainer.optimizers[0])
-        if self.reference == "ema":
-            for name, parameter in trained.items():
-                wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-                kept = self._kept.get(name, wide).to(wide.device)
-                self._kept[name] = torch.lerp(kept, wide, 1 - self.decay)
-        elif self.reference == "snapshot" and (self.optimizer_steps + self.lag) % self.every_n_steps == 0:
-            self._kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
-
-    def _second_run(self) -> Weights:
-        return self.reference() if callable(self.reference) else self.reference  # type: ignore[return-value]
+    def _keep(self, trainer: Trainer, module: LightningModule) -> None:
+        self._reference.keep(trained_parameters(module, trainer.optimizers[0]), self.optimizer_steps)
 
     def _measure(self, trainer: Trainer, module: LightningModule, args: tuple[Any, ...]) -> None:
         """Take one probe, or the reason why there is none; on every process alike."""
@@ -271,8 +255,9 @@ class DifferentialDiversityMonitor(Callback):
         refusal: Exception | None = None
         try:
             found = self._sums(trainer, module, args)
+            found[0].moments()  # refuses what is not finite before other processes count on it
         except Exception as error:  # measuring must never end a training run
-            refusal = error
+            found, refusal = None, error
         is_lasting = isinstance(refusal, MeasurementError) and refusal.lasting
         try:
             moments, is_lasting = pool_over_ranks(found[0] if found else None, device, lasting=is_lasting)
@@ -304,8 +289,7 @@ class DifferentialDiversityMonitor(Callback):
         seed = self.measurements * int(trainer.world_size) + int(trainer.global_rank)  # other noise on each process
         seen = SeenStep(module, trainer.optimizers[0], args, drawn_batch_size(single_train_loader(trainer)), seed)
         loss = seen.loss()
-        weights = self._kept if isinstance(self.reference, str) else self._second_run()
-        reference = _values_of(weights, _trained(module, trainer.optimizers[0]))
+        reference = self._reference.values(trained_parameters(module, trainer.optimizers[0]))
         return self._engine.measure(loss, args[0], reference, at_most=seen.at_most, seed=seed)
 
     def _estimate(self) -> StabilityEstimate:
@@ -341,27 +325,3 @@ class DifferentialDiversityMonitor(Callback):
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
-
-
-def _trained(module: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by name, in the module's order."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in held}
-
-
-def _values_of(weights: Weights, trained: Mapping[str, nn.Parameter]) -> list[Tensor]:
-    """Return the reference's value of each parameter.
-
-    Raises:
-        MisconfigurationException: one is missing, or has another shape.
-    """
-    values = []
-    for name, parameter in trained.items():
-        found = weights.get(name)
-        if found is None or found.shape != parameter.shape:
-            what = "missing" if found is None else f"of shape {tuple(found.shape)}"
-            raise MisconfigurationException(
-                f"Expected argument `reference` to hold `{name}` of shape {tuple(parameter.shape)}, but it is {what}."
-            )
-        values.append(found.detach().to(parameter))
-    return values
