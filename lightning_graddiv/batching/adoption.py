@@ -38,7 +38,11 @@ class AdoptedLoader:
             # A copy keeps the loader's class, workers and generator; past DataLoader.__setattr__, which forbids it.
             self.loader, plain = copy.copy(loader), loader.batch_sampler
             self._sampler = AdaptiveBatchSampler(
-                plain.sampler, plain.batch_size, plain.drop_last, records=self.is_followed
+                plain.sampler,
+                plain.batch_size,
+                plain.drop_last,
+                counted=loader.dataset if isinstance(loader.dataset, IterableDataset) else None,
+                records=self.is_followed,
             )
             self.loader.__dict__["batch_sampler"] = self._sampler
 
@@ -65,8 +69,7 @@ class AdoptedLoader:
         if not self.is_adaptable:
             batches = sized_len(self.loader)
             return float("inf") if batches is None else batches
-        is_stream = isinstance(self.loader.dataset, IterableDataset)
-        examples = sized_len(self.loader.dataset if is_stream else self._sampler.sampler)
+        examples = sized_len(self._sampler.counted)
         if examples is None:
             return float("inf")
         batches, rest = divmod(examples, plan.micro_batch_size)

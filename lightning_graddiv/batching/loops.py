@@ -131,7 +131,7 @@ def refresh_lengths(trainer: Any) -> None:
     interval in batches that no longer fits into an epoch becomes the epoch's end.
     """
     combined = trainer.fit_loop._combined_loader
-    limits = [_limited(sized_len(loader), trainer.limit_train_batches) for loader in combined.flattened]
+    limits = [limited(sized_len(loader), trainer.limit_train_batches) for loader in combined.flattened]
     combined.limits = limits
     combined._iterator.limits = limits
     batches = sized_len(combined)
@@ -195,11 +195,11 @@ def _draws_a_new_epoch(trainer: Any) -> bool:
     return trainer.current_epoch > 0 and not fit_loop.restarting and not getattr(fit_loop, "is_resuming", False)
 
 
-def _limited(length: float | None, limit: float) -> float:
-    """Return the batches of an epoch; the limit was checked when the loaders were set up."""
+def limited(length: float | None, limit: float) -> float:
+    """Return the batches of an epoch of that length under ``limit_train_batches``, which Lightning has checked."""
     if isinstance(limit, int):
         return limit if length is None else min(length, limit)
-    return float("inf") if length is None else int(length * limit)
+    return float("inf") if length in (None, float("inf")) else int(length * limit)
 
 
 def _flattened(loaders: Any) -> Iterator[Any]:

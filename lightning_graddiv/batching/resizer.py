@@ -169,7 +169,9 @@ class BatchResizer:
             return
         if offer.whole != float("inf"):
             self._validations = loops.moved_validations(
-                self._trainer, lambda batch: self._moved(batch, offer.plan, offer.at), int(offer.whole)
+                self._trainer,
+                lambda batch: min(self._moved(batch, offer.plan, offer.at), int(offer.end)),
+                int(offer.whole),
             )
         self._pass.change(offer.now, offer.at - self._pass_start)
         loops.set_epoch_end(self._trainer, offer.end)
@@ -269,8 +271,8 @@ class BatchResizer:
 
     def _epoch_of(self, plan: BatchPlan, *, whole_batches: bool = False) -> float:
         """Return the number of micro-batches of an epoch; of whole ones only, if wanted."""
-        batches, limit = self._loader.batches(plan, whole_batches=whole_batches), self._trainer.limit_train_batches
-        return min(batches, limit) if isinstance(limit, int) or batches == float("inf") else int(batches * limit)
+        batches = self._loader.batches(plan, whole_batches=whole_batches)
+        return loops.limited(batches, self._trainer.limit_train_batches)
 
     def _moved(self, batch: int, plan: BatchPlan, at: int) -> int:
         """Map a batch of this epoch to the one that ends with the same example, if ``plan`` begins at batch ``at``."""

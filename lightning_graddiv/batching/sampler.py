@@ -42,7 +42,7 @@ class Pass(Iterator[list[int]]):
         self.drawn: deque[int] = deque()
         self._sampler = sampler
         self._splits_tail = sampler.splits_tail
-        self._total = sized_len(sampler.sampler)
+        self._total = sized_len(sampler.counted)
         self._examples = 0
         self._open: deque[int] = deque()
         self._change: tuple[BatchPlan, int] | None = None
@@ -115,6 +115,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         sampler: yields indices; its length may be unknown.
         batch_size: examples per batch, at least 1.
         drop_last: leave out a last batch that is not full.
+        counted: its length is the number of examples of a pass; None: that of the sampler.
         records: keep what was drawn until the trainer takes it; see :class:`Pass`.
 
     Attributes:
@@ -125,8 +126,11 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         latest: the pass begun last; None before the first.
     """
 
-    def __init__(self, sampler: Iterable[int], batch_size: int, drop_last: bool, *, records: bool = False) -> None:
+    def __init__(
+        self, sampler: Iterable[int], batch_size: int, drop_last: bool, *, counted: Any = None, records: bool = False
+    ) -> None:
         self.sampler = sampler
+        self.counted = sampler if counted is None else counted
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.records = records
