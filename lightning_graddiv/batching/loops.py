@@ -8,6 +8,7 @@ workers and re-reads the user's batch size; there is none to change a loader's l
 
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
+from operator import attrgetter
 from typing import Any
 
 import lightning
@@ -16,11 +17,25 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_graddiv.batching.accumulation import every
 from lightning_graddiv.batching.sampler import Pass
 
-_NEEDED = {
-    "trainer": ("val_check_batch", "val_check_interval"),
-    "trainer.strategy": ("process_dataloader",),
-    "trainer.fit_loop": ("setup_data", "restarting", "epoch_loop", "max_batches", "_combined_loader", "_data_fetcher"),
-}
+_NEEDED_BEFORE = (
+    "strategy.process_dataloader",
+    "fit_loop.setup_data",
+    "fit_loop.restarting",
+    "fit_loop.max_batches",
+    "fit_loop.epoch_loop.batch_progress",
+    "fit_loop._combined_loader",
+    "fit_loop._data_fetcher",
+)
+_NEEDED_AFTER = (
+    "val_check_batch",
+    "val_check_interval",
+    "fit_loop._combined_loader.flattened",
+    "fit_loop._combined_loader.limits",
+    "fit_loop._combined_loader._iterator.limits",
+    "fit_loop._combined_loader._iterator.iterators",
+    "fit_loop._data_fetcher.length",
+    "fit_loop._data_fetcher.fetched",
+)
 
 
 class TrainLoaderWatch:
@@ -73,12 +88,15 @@ class TrainLoaderWatch:
         self._trainer.fit_loop.__dict__.pop("setup_data", None)
 
 
-def missing_privates(trainer: Any) -> str | None:
-    """Say what this module needs of Lightning and does not find; None where all is as expected."""
-    objects = {"trainer": trainer, "trainer.strategy": trainer.strategy, "trainer.fit_loop": trainer.fit_loop}
-    missing = [
-        f"`{path}.{name}`" for path, names in _NEEDED.items() for name in names if not hasattr(objects[path], name)
-    ]
+def missing_privates(trainer: Any, *, is_set_up: bool) -> str | None:
+    """Say what this module needs of Lightning and does not find; None where all is as expected.
+
+    Args:
+        trainer: the trainer.
+        is_set_up: whether the training loaders are, so that all can be looked at.
+    """
+    names = _NEEDED_AFTER if is_set_up else _NEEDED_BEFORE
+    missing = [f"`trainer.{name}`" for name in names if not _has(trainer, name)]
     if missing:
         return f"Lightning {lightning.__version__} has no {', '.join(missing)}"
     if "dataloader_iter" in signature(trainer.lightning_module.training_step).parameters:
@@ -107,6 +125,12 @@ def running_pass(trainer: Any) -> Pass | None:
         return drawn_from
     latest: Pass | None = single_train_loader(trainer).batch_sampler.latest
     return latest
+
+
+def is_begun(trainer: Any) -> bool:
+    """Tell whether the fit loop has taken batches of its present pass already, as after a tuner's own training."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return bool(fetcher.fetched > len(getattr(fetcher, "batches", [])))
 
 
 def goes_on_with_an_epoch(trainer: Any) -> bool:
@@ -189,17 +213,26 @@ def restart_iterator(trainer: Any) -> None:
     iter(trainer.fit_loop._data_fetcher)
 
 
+def limited(length: float | None, limit: float) -> float:
+    """Return the batches of an epoch of that length under ``limit_train_batches``, which Lightning has checked."""
+    if isinstance(limit, int):
+        return limit if length is None else min(length, limit)
+    return float("inf") if length in (None, float("inf")) else int(length * limit)
+
+
 def _draws_a_new_epoch(trainer: Any) -> bool:
     """Tell whether the epoch that is about to start will make a new iterator of its loaders."""
     fit_loop = trainer.fit_loop
     return trainer.current_epoch > 0 and not fit_loop.restarting and not getattr(fit_loop, "is_resuming", False)
 
 
-def limited(length: float | None, limit: float) -> float:
-    """Return the batches of an epoch of that length under ``limit_train_batches``, which Lightning has checked."""
-    if isinstance(limit, int):
-        return limit if length is None else min(length, limit)
-    return float("inf") if length in (None, float("inf")) else int(length * limit)
+def _has(trainer: Any, path: str) -> bool:
+    """Tell whether there is an attribute of that path."""
+    try:
+        attrgetter(path)(trainer)
+    except AttributeError:
+        return False
+    return True
 
 
 def _flattened(loaders: Any) -> Iterator[Any]:

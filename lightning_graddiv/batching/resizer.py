@@ -54,7 +54,7 @@ class BatchResizer:
     def __init__(self, trainer: Any, *, max_batch_size: int, max_micro_batch_size: int | None) -> None:
         self.base: BatchPlan | None = None
         self.plan = BatchPlan(1)
-        self._missing = loops.missing_privates(trainer)
+        self._missing = loops.missing_privates(trainer, is_set_up=False)
         self.window = Window(self.plan, (1,))
         self._trainer = trainer
         self._max_batch_size = max_batch_size
@@ -67,6 +67,7 @@ class BatchResizer:
         self._validations: tuple[int, int] | None = None
         self._is_new_epoch = True
         self._pass: Pass | None = None
+        self._begun: Pass | None = None
         self._pass_start = self._taken = self._window_end = 0
         self._watch = None if self._missing else self._watched()
 
@@ -107,11 +108,14 @@ class BatchResizer:
             MisconfigurationException: it starts with larger batches than allowed, with several loaders, or after a
                 checkpoint of batches that these processes cannot make.
         """
+        self._missing = self._missing or loops.missing_privates(self._trainer, is_set_up=True)
         if self._missing:
             self._loader = AdoptedLoader(loops.single_train_loader(self._trainer), keeps=True)
             self._begin()
         self._refuse_several_loaders()
         self._is_running = True
+        if self._loader.is_followed and loops.is_begun(self._trainer):
+            self._begun = loops.running_pass(self._trainer)  # nobody knows which of its windows is under way
         if self.base is not None:
             self._check_limits()
             self._go_on_with(batch_size)
@@ -295,6 +299,7 @@ class BatchResizer:
         """Keep up with the batches that the trainer takes; tell whether this is the first of an epoch."""
         is_new_epoch, self._is_new_epoch = self._is_new_epoch or (bool(self._missing) and batch_idx == 0), False
         running = loops.running_pass(self._trainer) if self._loader.is_followed else None
+        running = None if running is self._begun else running
         if is_new_epoch or running is not self._pass:
             self._pass, self._offer, self._validations = running, None, None
             self._pass_start = self._taken = self._window_end = batch_idx

@@ -41,7 +41,9 @@ def assert_growth_loses_nothing(corner: Corner, folder):
         assert trainer.current_epoch == EPOCHS
     assert type(trainer.accumulate_grad_batches) is int
     assert trainer.accumulate_grad_batches == corner.accumulate
-    assert all(expected in (taken, float("inf")) for expected, taken in grown.lengths)
+    for (expected, taken), of_plain in zip(grown.lengths, plain.lengths, strict=True):
+        # After a tuner's own training, older versions of Lightning begin with what that has left of an epoch.
+        assert expected in (taken, float("inf")) or of_plain[0] != of_plain[1]
     for epoch in range(trainer.current_epoch):
         steps = torch.stack(grown.steps_of(epoch))
         seen = (steps > 0).sum(0)
