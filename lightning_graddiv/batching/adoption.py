@@ -64,6 +64,11 @@ class AdoptedLoader:
         """A micro-batch of so many examples is trained on now."""
         self._sampler.trained_on = examples
 
+    def lets_go(self) -> None:
+        """Nobody follows its batches any more."""
+        if self.is_adaptable:
+            self._sampler.records, self._sampler.trained_on = False, None
+
     def batches(self, plan: BatchPlan, *, whole_batches: bool) -> float:
         """Return the number of micro-batches of one pass, of whole ones only if wanted; infinite for a stream."""
         if not self.is_adaptable:

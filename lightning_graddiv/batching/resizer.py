@@ -110,6 +110,7 @@ class BatchResizer:
         """
         self._missing = self._missing or loops.missing_privates(self._trainer, is_set_up=True)
         if self._missing:
+            self._stop_watching()
             self._loader = AdoptedLoader(loops.single_train_loader(self._trainer), keeps=True)
             self._begin()
         self._refuse_several_loaders()
@@ -183,8 +184,7 @@ class BatchResizer:
 
     def remove(self) -> None:
         """Leave the trainer with its own accumulation; may be called more than once."""
-        if self._watch is not None:
-            self._watch.remove()
+        self._stop_watching()
         self._loader = AdoptedLoader(None)
         self._trainer.accumulate_grad_batches = self._accumulate
 
@@ -197,6 +197,12 @@ class BatchResizer:
             is_resized=lambda: self.base is not None and self._coming != self.base,
             on_epoch=self._epoch_is_about_to_start,
         )
+
+    def _stop_watching(self) -> None:
+        self._loader.lets_go()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def _adopt(self, loader: Any) -> Any:
         self._loader = AdoptedLoader(loader)
@@ -215,6 +221,8 @@ class BatchResizer:
         self._refuse_several_loaders()
         self._is_new_epoch = True
         self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))
+        if self._is_running and self._is_grown(self._coming) and not loops.goes_on_with_an_epoch(self._trainer):
+            self._trainer.accumulate_grad_batches = self._coming.accumulate  # counted from the epoch's start again
 
     def _refuse_several_loaders(self) -> None:
         loaders = loops.train_loaders(self._trainer)
@@ -231,6 +239,7 @@ class BatchResizer:
         self.plan = self._coming = self._plan_of(batch_size)
         self._loader.draws(self._coming, splits_tail=True)
         self._loader.trains_on(self._coming)
+        self._trainer.accumulate_grad_batches = self.plan.accumulate
         if self._missing:
             return
         if self._coming.micro_batch_size != before.micro_batch_size:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_graddiv.batching.accumulation import every
 from lightning_graddiv.batching.loops import goes_on_with_an_epoch, set_epoch_end, set_validations, validations
 from lightning_graddiv.diversity import DiversityEstimate
 
@@ -73,9 +74,10 @@ class EpochRecord:
         self.examples += examples
 
     def restore(self, trainer: Any) -> None:
-        """Give an epoch that goes on after a checkpoint the length that it had: with mixed sizes it is no other's."""
+        """Give an epoch that goes on after a checkpoint its own length and windows back."""
         if goes_on_with_an_epoch(trainer):
             set_epoch_end(trainer, self.batches)
+            trainer.accumulate_grad_batches = every(int(trainer.accumulate_grad_batches), self.taken)
             if self.validations is not None:
                 interval, origin = self.validations
                 set_validations(trainer, interval, origin)
