@@ -8,8 +8,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
+OLDEST := $(VENV)/oldest-lightning
+CORE := tests/batching tests/callbacks tests/test_ddp.py tests/test_in_band_ddp.py tests/test_metric.py
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-conformance coverage lint format bench bench-overhead clean distclean
+.PHONY: help demo test test-slow test-conformance test-lightning coverage lint format bench bench-overhead bench-growth clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +28,11 @@ test-slow: $(STAMP) ## run the tests that are slow or need the network
 
 test-conformance: $(STAMP) ## hold per-example gradients against every layer of torch and hundreds of odd models
 	$(RUN) -m pytest tests/conformance -m conformance $(ARGS)
+
+# Only Lightning and torchmetrics differ: they lie in a folder of their own, which comes first on the path.
+test-lightning: $(STAMP) $(OLDEST)/installed ## run the core against the oldest and the newest supported Lightning
+	PYTHONPATH=$(OLDEST) $(RUN) -m pytest $(CORE) $(ARGS)
+	$(RUN) -m pytest $(CORE) $(ARGS)
 
 coverage: $(STAMP) ## run the fast tests and list the lines that none of them reaches
 	$(RUN) -m pytest --cov $(ARGS)
@@ -45,6 +53,9 @@ bench-overhead: $(STAMP) ## measure what measuring costs; rivals only where the 
 	$(RUN) benchmarks/overhead.py $(ARGS)
 	$(RUN) benchmarks/performance.py
 
+bench-growth: $(STAMP) ## measure what a growth costs
+	$(RUN) benchmarks/growth.py $(ARGS)
+
 clean: ## remove what runs left behind; keeps .venv
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist *.egg-info
 	rm -rf lightning_logs checkpoints outputs
@@ -61,3 +72,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e ".[dev]"
 	@mv $(VENV)/unfinished $@
+
+$(OLDEST)/installed: $(STAMP)
+	@rm -rf $(OLDEST)
+	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(OLDEST) lightning==2.5.0 torchmetrics==1.6.0
+	@touch $@

@@ -19,7 +19,7 @@ class RunState:
         moments: the latest probe, over all processes.
         step: optimizer steps taken.
         examples_seen: examples trained on, over all processes.
-        epoch: the epoch that is about to run.
+        epoch: the epoch that runs.
     """
 
     batch_size: int

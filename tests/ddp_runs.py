@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -69,13 +70,24 @@ def uneven_shards(rank):
 
 
 def growth(rank):
-    callback = AdaptiveBatchSize(every_n_steps=1, max_batch_size=32, delta=1.0, cooldown=0, scale_lr="linear")
-    module = AuditModule(EXAMPLES)
+    return grown(workers=0)
+
+
+def growth_with_workers_and_tails(rank):
+    """62 examples; the micro-batch stops at 8, then accumulation grows."""
+    return grown(workers=2, examples=62, max_micro_batch_size=8)
+
+
+def grown(workers, examples=EXAMPLES, **kwargs):
+    callback = AdaptiveBatchSize(
+        every_n_steps=1, max_batch_size=32, delta=1.0, cooldown=0, scale_lr="linear", warm_in=0, **kwargs
+    )
+    module = AuditModule(examples)
     trainer = two_processes(callback, epochs=4)
-    trainer.fit(module, loader(EXAMPLES, 4))
+    trainer.fit(module, loader(examples, 4, num_workers=workers))
     steps = torch.stack(module.steps)
     return {
-        "sizes": [round(1 / float(step.max())) for step in module.steps],
+        "sizes": [int((step > 0).sum()) for step in module.steps],
         "epochs": module.step_epochs,
         "seen_each_epoch": [(torch.stack(module.steps_of(epoch)) > 0).sum(0).unique().tolist() for epoch in range(4)],
         "sums": steps.sum(1).unique().tolist(),
@@ -114,6 +126,35 @@ def divergent_policies(rank):
     )
     two_processes(callback, epochs=4).fit(AuditModule(EXAMPLES), loader(EXAMPLES, 4))
     return {"history": [g.to_batch_size for g in callback.history], "allowed": [g.allowed for g in callback.history]}
+
+
+def lengths_that_would_part(rank):
+    """Nine and ten examples are three batches of four on each process, but of nine: one here, two there."""
+
+    class Shards(AuditModule):
+        def train_dataloader(self):
+            rows = torch.eye(19)
+            return DataLoader(TensorDataset(rows[:9] if self.trainer.global_rank == 0 else rows[9:]), 3)
+
+    callback = AdaptiveBatchSize(
+        every_n_steps=1, max_batch_size=64, cooldown=0, growth_factor=3, policy=lambda estimate, run: 1000.0
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = two_processes(callback, epochs=2, use_distributed_sampler=False, limit_train_batches=3)
+        trainer.fit(Shards(19))
+    said = sum("would not have equally many" in str(warning.message) for warning in caught)
+    return {"history": callback.history, "steps": trainer.global_step, "said": said}
+
+
+def batches_of_two_sizes(rank):
+    """Processes that start with batches of different sizes cannot grow together."""
+    callback = AdaptiveBatchSize(every_n_steps=1, max_batch_size=64)
+    try:
+        two_processes(callback, use_distributed_sampler=False).fit(OwnShard())
+    except MisconfigurationException as refused:
+        return {"refused": str(refused)}
+    return {"refused": ""}
 
 
 def one_process_refuses(rank):
@@ -180,6 +221,9 @@ RUNS = (
     masks,
     uneven_shards,
     growth,
+    growth_with_workers_and_tails,
+    lengths_that_would_part,
+    batches_of_two_sizes,
     same_data,
     sampled_data,
     divergent_policies,

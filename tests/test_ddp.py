@@ -84,11 +84,32 @@ def test_the_batch_grows_alike_and_every_example_is_in_one_step(runs):
     first, second = runs(ddp_runs.growth)
     assert {key: first[key] for key in first} == second
     assert first["history"] == [[8, 16, 2.0], [16, 32, 4.0]]
-    assert first["sizes"] == [8] * 8 + [16] * 4 + [32] * 2 + [32] * 2
-    assert first["micro_batches"] == [4] * 8 + [8] * 4 + [16] * 2 + [16] * 2
+    assert first["sizes"] == [8] * 4 + [16] * 2 + [16] * 2 + [32] + [32] * 2 * 2
+    assert first["micro_batches"] == [4] * 4 + [8] * 2 + [8] * 2 + [16] + [16] * 2 * 2
     assert first["seen_each_epoch"] == [[1]] * 4
     assert first["sums"] == pytest.approx([1.0] * len(first["sums"]))
     assert first["examples_seen"] == 4 * 64
+
+
+def test_so_it_does_with_workers_and_windows_that_are_not_full(runs):
+    first, second = runs(ddp_runs.growth_with_workers_and_tails)
+    assert first == second
+    assert [to for _, to, _ in first["history"]] == [16, 32]
+    assert first["seen_each_epoch"] == [[1]] * 4
+    assert first["sums"] == pytest.approx([1.0] * len(first["sums"]))
+    assert max(first["micro_batches"]) == 8
+
+
+def test_lengths_that_would_part_keep_the_batch_as_it_is(runs):
+    assert runs(ddp_runs.lengths_that_would_part) == [
+        {"history": [], "steps": 6, "said": 1},
+        {"history": [], "steps": 6, "said": 0},
+    ]
+
+
+def test_batches_of_two_sizes_are_refused_by_both(runs):
+    for result in runs(ddp_runs.batches_of_two_sizes):
+        assert "needs the same batch size on every process" in result["refused"]
 
 
 def test_processes_that_see_the_same_examples_are_warned_of_once(runs):

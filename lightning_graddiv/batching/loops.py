@@ -2,15 +2,40 @@
 
 Public ways that were ruled out: ``reload_dataloaders_every_n_epochs`` makes loaders anew only from hooks, restarts the
 workers and re-reads the user's batch size; there is none to change a loader's length after the fit loop has read it
-(``limit_train_batches``, the validation interval and the end of the epoch would follow the old length).
+(``limit_train_batches``, the validation interval and the end of the epoch would follow the old length). Where
+:func:`missing_privates` names any, nothing else in here is called but :func:`train_loaders`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
+from operator import attrgetter
 from typing import Any
 
+import lightning
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage
+
+from lightning_graddiv.batching.accumulation import every
+from lightning_graddiv.batching.sampler import Pass
+
+_NEEDED_BEFORE = (
+    "strategy.process_dataloader",
+    "fit_loop.setup_data",
+    "fit_loop.restarting",
+    "fit_loop.max_batches",
+    "fit_loop.epoch_loop.batch_progress",
+    "fit_loop._combined_loader",
+    "fit_loop._data_fetcher",
+)
+_NEEDED_AFTER = (
+    "val_check_batch",
+    "val_check_interval",
+    "fit_loop._combined_loader.flattened",
+    "fit_loop._combined_loader.limits",
+    "fit_loop._combined_loader._iterator.limits",
+    "fit_loop._combined_loader._iterator.iterators",
+    "fit_loop._data_fetcher.length",
+    "fit_loop._data_fetcher.fetched",
+)
 
 
 class TrainLoaderWatch:
@@ -39,6 +64,7 @@ class TrainLoaderWatch:
         set_up = trainer.fit_loop.setup_data
 
         def watched() -> None:
+            before = trainer.fit_loop._combined_loader
             process = trainer.strategy.process_dataloader
             trainer.strategy.process_dataloader = lambda loader: on_loader(process(loader))
             interval = trainer.val_check_interval
@@ -49,9 +75,11 @@ class TrainLoaderWatch:
             finally:
                 trainer.val_check_interval = interval
                 trainer.strategy.__dict__.pop("process_dataloader", None)
-            if is_resized() and train_loaders(trainer):
-                refresh_lengths(trainer)
+            is_new = trainer.fit_loop._combined_loader is not before
             on_epoch()
+            # An epoch that goes on after a checkpoint keeps the lengths that it had.
+            if is_resized() and train_loaders(trainer) and (is_new or _draws_a_new_epoch(trainer)):
+                refresh_lengths(trainer)
 
         trainer.fit_loop.setup_data = watched
 
@@ -60,10 +88,26 @@ class TrainLoaderWatch:
         self._trainer.fit_loop.__dict__.pop("setup_data", None)
 
 
+def missing_privates(trainer: Any, *, is_set_up: bool) -> str | None:
+    """Say what this module needs of Lightning and does not find; None where all is as expected.
+
+    Args:
+        trainer: the trainer.
+        is_set_up: whether the training loaders are, so that all can be looked at.
+    """
+    names = _NEEDED_AFTER if is_set_up else _NEEDED_BEFORE
+    missing = [f"`trainer.{name}`" for name in names if not _has(trainer, name)]
+    if missing:
+        return f"Lightning {lightning.__version__} has no {', '.join(missing)}"
+    if "dataloader_iter" in signature(trainer.lightning_module.training_step).parameters:
+        return "`training_step` takes `dataloader_iter`: it draws its batches after the hooks that could count them"
+    return None
+
+
 def train_loaders(trainer: Any) -> list[Any]:
     """Return the training loaders that the fit loop draws from; empty before they are set up."""
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
+    loaders = trainer.train_dataloader
+    return [] if loaders is None else list(_flattened(loaders))
 
 
 def single_train_loader(trainer: Any) -> Any:
@@ -72,15 +116,36 @@ def single_train_loader(trainer: Any) -> Any:
     return loaders[0] if len(loaders) == 1 else None
 
 
-def is_closing_an_epoch(trainer: Any) -> bool:
-    """Tell whether the loop, resumed from a checkpoint, still has to finish the epoch of that checkpoint."""
-    return bool(trainer.fit_loop.restarting)
+def running_pass(trainer: Any) -> Pass | None:
+    """Return the pass that the fit loop draws from, not one that somebody else has begun with the same loader."""
+    iterator = trainer.fit_loop._combined_loader._iterator
+    iterators = getattr(iterator, "iterators", None) or [None]
+    drawn_from = getattr(iterators[0], "_sampler_iter", None)
+    if isinstance(drawn_from, Pass):
+        return drawn_from
+    latest: Pass | None = single_train_loader(trainer).batch_sampler.latest
+    return latest
 
 
-def draws_a_new_epoch(trainer: Any) -> bool:
-    """Tell whether the epoch that is about to start will make a new iterator of its loaders."""
-    fit_loop = trainer.fit_loop
-    return trainer.current_epoch > 0 and not fit_loop.restarting and not getattr(fit_loop, "is_resuming", False)
+def is_begun(trainer: Any) -> bool:
+    """Tell whether the fit loop has taken batches of its present pass already, as after a tuner's own training."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return bool(fetcher.fetched > len(getattr(fetcher, "batches", [])))
+
+
+def goes_on_with_an_epoch(trainer: Any) -> bool:
+    """Tell whether the loop, resumed from a checkpoint, still has to finish the epoch of that checkpoint.
+
+    It does not where the checkpoint was written while the epoch's last batch ended: then it opens the next one.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    opens_the_next = progress.is_last_batch and progress.total.completed < progress.total.processed
+    return bool(trainer.fit_loop.restarting) and not opens_the_next
+
+
+def updates_statistics(trainer: Any) -> bool:
+    """Tell whether this epoch trains nothing: averaged weights get their batch statistics in one long window."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def refresh_lengths(trainer: Any) -> None:
@@ -89,23 +154,58 @@ def refresh_lengths(trainer: Any) -> None:
     ``limit_train_batches`` as a fraction follows the new length; as a number of batches it stays one. A validation
     interval in batches that no longer fits into an epoch becomes the epoch's end.
     """
-    fit_loop = trainer.fit_loop
-    combined = fit_loop._combined_loader
-    lengths = [_length(loader) for loader in combined.flattened]
-    limits = [_parse_num_batches(RunningStage.TRAINING, length, trainer.limit_train_batches) for length in lengths]
+    combined = trainer.fit_loop._combined_loader
+    limits = [limited(sized_len(loader), trainer.limit_train_batches) for loader in combined.flattened]
     combined.limits = limits
     combined._iterator.limits = limits
     batches = sized_len(combined)
-    fit_loop.max_batches = float("inf") if batches is None else batches
-    fit_loop._data_fetcher.length = batches
+    set_epoch_end(trainer, float("inf") if batches is None else batches)
     if trainer.val_check_batch is None:  # validation goes by the clock
         return
     interval = trainer.val_check_interval
     if isinstance(interval, int):
         every_epoch = trainer.check_val_every_n_epoch is not None
-        trainer.val_check_batch = min(interval, fit_loop.max_batches) if every_epoch else interval
-    elif fit_loop.max_batches != float("inf"):
-        trainer.val_check_batch = max(1, int(fit_loop.max_batches * interval))
+        trainer.val_check_batch = min(interval, trainer.num_training_batches) if every_epoch else interval
+    elif trainer.num_training_batches != float("inf"):
+        trainer.val_check_batch = max(1, int(trainer.num_training_batches * interval))
+
+
+def set_epoch_end(trainer: Any, batches: float) -> None:
+    """Let the epoch that runs, or is about to, end after so many batches; infinite: with its data."""
+    trainer.fit_loop.max_batches = batches
+    trainer.fit_loop._data_fetcher.length = None if batches == float("inf") else batches
+
+
+def moved_validations(trainer: Any, moved: Callable[[int], int], whole: int) -> tuple[int, int] | None:
+    """Return where to validate in an epoch whose batches change their size, as for :func:`set_validations`.
+
+    Args:
+        trainer: with the epoch's old end.
+        moved: maps a batch of the old sizes to the one that ends with the same example.
+        whole: batches in an epoch of the new size.
+
+    Returns:
+        None where validation does not go by the batches of an epoch.
+    """
+    interval, old = trainer.val_check_interval, trainer.val_check_batch
+    if old is None or old == float("inf") or trainer.check_val_every_n_epoch is None:
+        return None
+    end = int(trainer.num_training_batches)
+    if isinstance(interval, int):
+        return min(interval, moved(end)), 0
+    last = end - end % old  # the epoch's last validation: one at its end stays there
+    return max(1, int(whole * interval)), moved(last)
+
+
+def validations(trainer: Any) -> tuple[int, int] | None:
+    """Return where the epoch validates: every so many batches, counted from a batch; None where they do not matter."""
+    now = getattr(trainer, "val_check_batch", None)
+    return None if now is None or now == float("inf") else (int(now), getattr(now, "origin", 0))
+
+
+def set_validations(trainer: Any, interval: int, origin: int) -> None:
+    """Let the epoch validate after each batch ``origin + i * interval``."""
+    trainer.val_check_batch = every(interval, origin)
 
 
 def restart_iterator(trainer: Any) -> None:
@@ -113,6 +213,33 @@ def restart_iterator(trainer: Any) -> None:
     iter(trainer.fit_loop._data_fetcher)
 
 
-def _length(loader: Any) -> float:
-    length = sized_len(loader)
-    return float("inf") if length is None else length
+def limited(length: float | None, limit: float) -> float:
+    """Return the batches of an epoch of that length under ``limit_train_batches``, which Lightning has checked."""
+    if isinstance(limit, int):
+        return limit if length is None else min(length, limit)
+    return float("inf") if length in (None, float("inf")) else int(length * limit)
+
+
+def _draws_a_new_epoch(trainer: Any) -> bool:
+    """Tell whether the epoch that is about to start will make a new iterator of its loaders."""
+    fit_loop = trainer.fit_loop
+    return trainer.current_epoch > 0 and not fit_loop.restarting and not getattr(fit_loop, "is_resuming", False)
+
+
+def _has(trainer: Any, path: str) -> bool:
+    """Tell whether there is an attribute of that path."""
+    try:
+        attrgetter(path)(trainer)
+    except AttributeError:
+        return False
+    return True
+
+
+def _flattened(loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if not isinstance(loaders, (list, tuple)):
+        yield loaders
+        return
+    for loader in loaders:
+        yield from _flattened(loader)

@@ -42,3 +42,8 @@ class BatchPlan:
         while share % accumulate:
             accumulate += 1
         return BatchPlan(share // accumulate, accumulate, self.world_size)
+
+    def accumulated(self, batch_size: int) -> "BatchPlan | None":
+        """Return the plan of another effective batch size with the same micro-batch; None if it is no multiple."""
+        accumulate, rest = divmod(batch_size, self.micro_batch_size * self.world_size)
+        return None if rest or accumulate < 1 else BatchPlan(self.micro_batch_size, accumulate, self.world_size)

@@ -1,168 +1,341 @@
-"""Changes the size of the batches that a trainer trains on, between epochs, and puts everything back."""
+"""Changes the size of the batches that a trainer trains on, at any accumulation window, and puts everything back."""
 
-import copy
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_graddiv.batching.loops import (
-    TrainLoaderWatch,
-    refresh_lengths,
-    single_train_loader,
-    train_loaders,
-)
+from lightning_graddiv.batching import loops
+from lightning_graddiv.batching.accumulation import every
+from lightning_graddiv.batching.adoption import AdoptedLoader
 from lightning_graddiv.batching.plan import BatchPlan
-from lightning_graddiv.batching.sampler import AdaptiveBatchSampler, drawn_batch_size, is_adaptable
+from lightning_graddiv.batching.progress_bar import show_epoch_end
+from lightning_graddiv.batching.sampler import Pass, Window
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What another batch would make of the present epoch and of whole ones, on this process.
+
+    Attributes:
+        plan: of the new batch, in whole epochs.
+        now: of the new batch in this epoch; None if it has to wait for the next.
+        at: the batch of this epoch that it begins with.
+        end: batches in this epoch then.
+        whole: batches in a whole epoch then; infinite for a stream.
+    """
+
+    plan: BatchPlan
+    now: BatchPlan | None
+    at: int
+    end: float
+    whole: float
 
 
 class BatchResizer:
     """Holds a trainer's effective batch size, made of its loader's micro-batch, its accumulation and its processes.
 
-    Loaders are adopted as Lightning has finished them and before it reads their length. In the place of a loader with a
-    plain batch sampler comes a shallow copy with an :class:`AdaptiveBatchSampler`; the user's own, which may serve for
-    validation too, is not touched. Any other loader keeps its micro-batch, and the batch grows by accumulation.
+    A change takes effect with the first accumulation window that is not drawn yet; a window never mixes sizes. Where
+    batches cannot be followed from the sampler to the trainer, the present epoch accumulates more instead, and the next
+    has the larger micro-batches. Where Lightning's loop state is not what it should be, nothing but the accumulation
+    changes, and only between epochs.
 
     Args:
         trainer: the trainer, before its loaders are set up.
         max_batch_size: the largest effective batch size, at least the one that training starts with.
         max_micro_batch_size: the most examples that one process takes at a time; None for the default.
-        batch_size: asked, once loaders exist, for the effective batch size to go on with; None for the loader's own.
-        on_epoch: called when an epoch is about to start; see :class:`.loops.TrainLoaderWatch`.
 
     Attributes:
-        base: the plan that the user's loader and trainer make.
+        base: the plan that the user's loader and trainer make; None before that is known.
         plan: the plan now.
-        is_running: whether training has started.
+        window: the micro-batches of the optimizer step that is under way.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        *,
-        max_batch_size: int,
-        max_micro_batch_size: int | None,
-        batch_size: Callable[[], int | None],
-        on_epoch: Callable[[], None],
-    ) -> None:
-        self.base = BatchPlan(1)
+    def __init__(self, trainer: Any, *, max_batch_size: int, max_micro_batch_size: int | None) -> None:
+        self.base: BatchPlan | None = None
         self.plan = BatchPlan(1)
+        self._missing = loops.missing_privates(trainer, is_set_up=False)
+        self.window = Window(self.plan, (1,))
         self._trainer = trainer
         self._max_batch_size = max_batch_size
         self._max_micro_batch_size = max_micro_batch_size
-        self._batch_size = batch_size
         self._accumulate = trainer.accumulate_grad_batches
-        self.is_running = False
-        self._adopted: list[DataLoader[Any]] = []
-        self._is_adaptable = True
-        self._on_epoch = on_epoch
-        self._watch = TrainLoaderWatch(
-            trainer,
-            on_loader=self._adopt,
-            is_resized=lambda: self._batch_size() is not None or self.plan != self.base,
-            on_epoch=self._epoch_is_about_to_start,
-        )
+        self._loader = AdoptedLoader(None)
+        self._is_running = False
+        self._coming = self.plan
+        self._offer: Offer | None = None
+        self._validations: tuple[int, int] | None = None
+        self._is_new_epoch = True
+        self._pass: Pass | None = None
+        self._begun: Pass | None = None
+        self._pass_start = self._taken = self._window_end = 0
+        self._watch = None if self._missing else self._watched()
 
-    def start(self) -> None:
+    @property
+    def known_base(self) -> BatchPlan:
+        """The plan that the user's loader and trainer make, once there was a batch."""
+        if self.base is None:
+            raise RuntimeError("The loader's batch size is not known before its first batch.")
+        return self.base
+
+    @property
+    def works_within_epochs(self) -> bool:
+        """Whether changes can take effect in the middle of an epoch."""
+        return self._missing is None
+
+    @property
+    def limits(self) -> list[str]:
+        """What cannot be done with this loader or this version of Lightning, in words."""
+        if self._missing:
+            return [
+                f"the batch grows between epochs only, and by gradient accumulation only, because {self._missing}. Use "
+                "a version of Lightning from 2.5 to 2.6."
+            ]
+        if self._loader.is_adaptable:
+            return []
+        return [
+            f"the batch grows by gradient accumulation only, because {self._loader.reason}. For larger micro-batches, "
+            "use a DataLoader with `batch_size`."
+        ]
+
+    def start(self, batch_size: int | None) -> None:
         """Training starts: a loader that is made from now on gets the present size, whatever its own.
 
+        Args:
+            batch_size: to go on with, after a checkpoint; None for the loader's own.
+
         Raises:
-            MisconfigurationException: it starts with larger batches than allowed.
+            MisconfigurationException: it starts with larger batches than allowed, with several loaders, or after a
+                checkpoint of batches that these processes cannot make.
         """
-        self.is_running = True
-        if self._max_batch_size < self.base.batch_size:
-            raise MisconfigurationException(
-                f"Expected argument `max_batch_size` to be at least the effective batch size that training starts "
-                f"with, {self.base.batch_size} ({self.base}), but got {self._max_batch_size}"
-            )
-        limit = self._max_micro_batch_size
-        if self._is_adaptable and limit is not None and limit < self.base.micro_batch_size:
-            raise MisconfigurationException(
-                f"Expected argument `max_micro_batch_size` to be at least the loader's batch size of "
-                f"{self.base.micro_batch_size} but got {limit}"
-            )
+        self._missing = self._missing or loops.missing_privates(self._trainer, is_set_up=True)
+        if self._missing:
+            self._stop_watching()
+            self._loader = AdoptedLoader(loops.single_train_loader(self._trainer), keeps=True)
+            self._begin()
+        self._refuse_several_loaders()
+        self._is_running = True
+        if self._loader.is_followed and loops.is_begun(self._trainer):
+            self._begun = loops.running_pass(self._trainer)  # nobody knows which of its windows is under way
+        if self.base is not None:
+            self._check_limits()
+            self._go_on_with(batch_size)
 
-    def fits_an_epoch(self, batch_size: int) -> bool:
-        """Tell whether an epoch of this process holds at least one whole batch of that effective size."""
-        plan = self._plan_of(batch_size)
-        loader = single_train_loader(self._trainer)
-        examples = sized_len(getattr(loader.batch_sampler, "sampler", None)) if self._is_adaptable else None
-        batches = sized_len(loader) if examples is None else examples // plan.micro_batch_size
-        if batches is None:
-            return True
-        limit = self._trainer.limit_train_batches
-        return (min(batches, limit) if isinstance(limit, int) else int(batches * limit)) >= plan.accumulate
+    def learn(self, micro_batch_size: int, batch_size: int | None) -> None:
+        """Take the micro-batch from the first batch, where the loader does not tell it; else as :meth:`start`."""
+        self.base = BatchPlan(micro_batch_size, self._accumulate, self._trainer.world_size)
+        self.plan = self._coming = self.base
+        self._check_limits()
+        self._go_on_with(batch_size)
 
-    def resize(self, batch_size: int) -> None:
-        """Draw batches of another effective size from the next epoch's iterator on.
+    def open(self, batch_idx: int) -> bool:
+        """Set the accumulation where a window begins; tell whether batches have another size from this one on."""
+        is_new_epoch = self._follow(batch_idx)
+        if batch_idx < self._window_end:
+            return False
+        self.window = self._next_window(batch_idx, is_new_epoch)
+        before, self.plan = self.plan, self.window.plan
+        if self.plan != before:
+            self._loader.trains_on(self.plan)
+            if self._validations is not None:
+                loops.set_validations(self._trainer, *self._validations)
+        self._validations = None if self.plan != before else self._validations
+        self._accumulate_window(batch_idx)
+        return self.plan.batch_size != before.batch_size
+
+    def earliest(self) -> int:
+        """Return the first batch of this epoch that could belong to another plan; asked where a window has ended."""
+        return self._window_end if self._pass is None else self._pass_start + self._pass.boundary
+
+    def offer(self, batch_size: int, at: int) -> Offer | None:
+        """Return what a change to that effective batch size would make, from batch ``at`` of this epoch on.
+
+        Returns:
+            None if an epoch does not hold one whole batch of that size.
 
         Raises:
             MisconfigurationException: it cannot be made of equal micro-batches on each process.
         """
-        self.plan = self._plan_of(batch_size)
-        self._apply()
-        refresh_lengths(self._trainer)
+        plan, end = self._plan_of(batch_size), self._trainer.num_training_batches
+        if self._epoch_of(plan, whole_batches=True) < plan.accumulate:
+            return None
+        whole = self._epoch_of(plan)
+        now = plan if self._pass is not None else self.plan.accumulated(batch_size)
+        new_end = end if now is None or self._pass is None else self._end_after(plan, at)
+        if self._missing or now is None or at >= min(end, new_end):
+            return Offer(plan, None, at, end, whole)
+        return Offer(plan, now, at, new_end, whole)
+
+    def resize(self, offer: Offer) -> None:
+        """Go on with another batch: in this epoch where the offer says so, and in all that follow."""
+        self._coming, self._offer = offer.plan, offer
+        self._loader.draws(self._coming, splits_tail=True)
+        if offer.now is None or self._pass is None:
+            return
+        if offer.whole != float("inf"):
+            self._validations = loops.moved_validations(
+                self._trainer,
+                lambda batch: min(self._moved(batch, offer.plan, offer.at), int(offer.end)),
+                int(offer.whole),
+            )
+        self._pass.change(offer.now, offer.at - self._pass_start)
+        loops.set_epoch_end(self._trainer, offer.end)
+        show_epoch_end(self._trainer, offer.end)
 
     def remove(self) -> None:
         """Leave the trainer with its own accumulation; may be called more than once."""
-        self._watch.remove()
-        self._adopted = []
+        self._stop_watching()
+        self._loader = AdoptedLoader(None)
         self._trainer.accumulate_grad_batches = self._accumulate
 
-    def _plan_of(self, batch_size: int) -> BatchPlan:
-        plan = self.base.resized(batch_size, self._micro_batch_limit())
-        if plan is None or not (self._is_adaptable or plan.micro_batch_size == self.base.micro_batch_size):
-            raise MisconfigurationException(
-                f"An effective batch of {batch_size} examples cannot be shared equally by {self.base.world_size} "
-                f"processes, in micro-batches of {self.base.micro_batch_size} where the loader's cannot be changed."
-            )
-        return plan
+    # What follows happens while loaders are set up and epochs begin.
+
+    def _watched(self) -> loops.TrainLoaderWatch:
+        return loops.TrainLoaderWatch(
+            self._trainer,
+            on_loader=self._adopt,
+            is_resized=lambda: self.base is not None and self._coming != self.base,
+            on_epoch=self._epoch_is_about_to_start,
+        )
+
+    def _stop_watching(self) -> None:
+        self._loader.lets_go()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def _adopt(self, loader: Any) -> Any:
-        self._is_adaptable = is_adaptable(loader)
-        size = drawn_batch_size(loader)
-        if self._is_adaptable:
-            # A copy keeps the loader's class, workers and generator; past DataLoader.__setattr__, which forbids it.
-            loader, plain = copy.copy(loader), loader.batch_sampler
-            loader.__dict__["batch_sampler"] = AdaptiveBatchSampler(plain.sampler, plain.batch_size, plain.drop_last)
-            self._adopted.append(loader)
-        if not self.is_running:
-            self._begin_with(loader, size)
-        self._apply()
-        return loader
+        self._loader = AdoptedLoader(loader)
+        if not self._is_running:
+            self._begin()
+        self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))
+        self._loader.trains_on(self._coming)
+        return self._loader.loader
 
-    def _begin_with(self, loader: Any, micro_batch_size: int | None) -> None:
-        if micro_batch_size is None:
-            raise MisconfigurationException(
-                f"The training loader (`{type(loader).__name__}`) does not tell its batch size, so the batch cannot be "
-                "resized. Use a DataLoader with `batch_size`, or a batch sampler that has a `batch_size`."
-            )
-        self.base = BatchPlan(micro_batch_size, self._accumulate, self._trainer.world_size)
-        batch_size = self._batch_size()
-        self.plan = self.base if batch_size is None else self._plan_of(batch_size)
-
-    def _micro_batch_limit(self) -> int:
-        own = self.base.micro_batch_size
-        if self._is_adaptable and self._max_micro_batch_size is not None:
-            return max(own, self._max_micro_batch_size)
-        return own if self._accumulate > 1 or not self._is_adaptable else 2**62
-
-    def _apply(self) -> None:
-        for loader in self._adopted:
-            loader.batch_sampler.batch_size = self.plan.micro_batch_size  # type: ignore[union-attr]
-            if isinstance(loader.dataset, IterableDataset):  # whose loader's length is counted by this one
-                loader.__dict__["batch_size"] = self.plan.micro_batch_size
-        self._trainer.accumulate_grad_batches = self.plan.accumulate
+    def _begin(self) -> None:
+        size = self._loader.batch_size
+        self.base = None if size is None else BatchPlan(size, self._accumulate, self._trainer.world_size)
+        self.plan = self._coming = self.base or BatchPlan(1, self._accumulate, self._trainer.world_size)
 
     def _epoch_is_about_to_start(self) -> None:
-        loaders = train_loaders(self._trainer)
+        self._refuse_several_loaders()
+        self._is_new_epoch = True
+        self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))
+        if self._is_running and self._is_grown(self._coming) and not loops.goes_on_with_an_epoch(self._trainer):
+            self._trainer.accumulate_grad_batches = self._coming.accumulate  # counted from the epoch's start again
+
+    def _refuse_several_loaders(self) -> None:
+        loaders = loops.train_loaders(self._trainer)
         if len(loaders) > 1:
             raise MisconfigurationException(
                 f"Expected one training loader but got {len(loaders)}: with several, the size of a batch has no single "
                 "meaning that could be grown."
             )
-        self._adopted = [loader for loader in self._adopted if any(loader is used for used in loaders)]
-        if loaders:
-            self._on_epoch()
+
+    def _go_on_with(self, batch_size: int | None) -> None:
+        if batch_size is None or batch_size == self.plan.batch_size:
+            return
+        before = self._coming
+        self.plan = self._coming = self._plan_of(batch_size)
+        self._loader.draws(self._coming, splits_tail=True)
+        self._loader.trains_on(self._coming)
+        self._trainer.accumulate_grad_batches = self.plan.accumulate
+        if self._missing:
+            return
+        if self._coming.micro_batch_size != before.micro_batch_size:
+            loops.restart_iterator(self._trainer)
+        loops.refresh_lengths(self._trainer)
+
+    def _check_limits(self) -> None:
+        base = self.known_base
+        if self._max_batch_size < base.batch_size:
+            raise MisconfigurationException(
+                f"Expected argument `max_batch_size` to be at least the effective batch size that training starts "
+                f"with, {base.batch_size} ({base}), but got {self._max_batch_size}"
+            )
+        limit = self._max_micro_batch_size
+        if self._loader.is_adaptable and limit is not None and limit < base.micro_batch_size:
+            raise MisconfigurationException(
+                f"Expected argument `max_micro_batch_size` to be at least the loader's batch size of "
+                f"{base.micro_batch_size} but got {limit}"
+            )
+
+    # Plans and lengths.
+
+    def _plan_of(self, batch_size: int) -> BatchPlan:
+        base, is_adaptable = self.known_base, self._loader.is_adaptable
+        limit = self._micro_batch_limit(base)
+        plan = base.resized(batch_size, limit) if is_adaptable else base.accumulated(batch_size)
+        if plan is None:
+            raise MisconfigurationException(
+                f"An effective batch of {batch_size} examples cannot be shared equally by {base.world_size} "
+                f"processes, in micro-batches of {base.micro_batch_size} where the loader's cannot be changed."
+            )
+        return plan
+
+    def _micro_batch_limit(self, base: BatchPlan) -> int:
+        own = base.micro_batch_size
+        if self._max_micro_batch_size is not None:
+            return max(own, self._max_micro_batch_size)
+        return own if self._accumulate > 1 else 2**62
+
+    def _is_grown(self, plan: BatchPlan) -> bool:
+        return self.base is not None and plan != self.base
+
+    def _epoch_of(self, plan: BatchPlan, *, whole_batches: bool = False) -> float:
+        """Return the number of micro-batches of an epoch; of whole ones only, if wanted."""
+        batches = self._loader.batches(plan, whole_batches=whole_batches)
+        return loops.limited(batches, self._trainer.limit_train_batches)
+
+    def _moved(self, batch: int, plan: BatchPlan, at: int) -> int:
+        """Map a batch of this epoch to the one that ends with the same example, if ``plan`` begins at batch ``at``."""
+        examples = (batch - at) * self.plan.micro_batch_size
+        return batch if batch <= at else at - (-examples // plan.micro_batch_size)
+
+    def _end_after(self, plan: BatchPlan, at: int) -> float:
+        """Return the number of batches of this epoch, if ``plan`` begins at batch ``at``."""
+        end = self._trainer.num_training_batches
+        if end == float("inf") or self._pass is None:
+            return float(end)
+        is_number = isinstance(self._trainer.limit_train_batches, int)
+        limit = end if is_number else self._moved(int(end), plan, at)
+        left = self._pass.batches_left(plan, at - self._pass_start)
+        return limit if left is None else min(limit, at + left)
+
+    # Windows.
+
+    def _follow(self, batch_idx: int) -> bool:
+        """Keep up with the batches that the trainer takes; tell whether this is the first of an epoch."""
+        is_new_epoch, self._is_new_epoch = self._is_new_epoch or (bool(self._missing) and batch_idx == 0), False
+        running = loops.running_pass(self._trainer) if self._loader.is_followed else None
+        running = None if running is self._begun else running
+        if is_new_epoch or running is not self._pass:
+            self._pass, self._offer, self._validations = running, None, None
+            self._pass_start = self._taken = self._window_end = batch_idx
+        while self._pass is not None and self._taken <= batch_idx:  # a batch of None passes by without a hook
+            self._loader.takes(self._pass.drawn.popleft())
+            self._taken += 1
+        return is_new_epoch
+
+    def _next_window(self, batch_idx: int, is_new_epoch: bool) -> Window:
+        while self._pass is not None:
+            window = self._pass.windows.popleft()
+            self._window_end += len(window.sizes)
+            if batch_idx < self._window_end:
+                return Window(window.plan, window.sizes[batch_idx - self._window_end :])
+        plan = self._coming if is_new_epoch else self.plan
+        if self._offer is not None and self._offer.now is not None and batch_idx >= self._offer.at:
+            plan = self._offer.now
+        self._window_end = batch_idx + plan.accumulate
+        return Window(plan, (plan.micro_batch_size,) * plan.accumulate)
+
+    def _accumulate_window(self, batch_idx: int) -> None:
+        count, start = self.plan.accumulate, self._window_end - len(self.window.sizes)
+        is_grown = self._is_grown(self.plan)
+        if loops.updates_statistics(self._trainer) or not (is_grown or start % count):
+            return  # as somebody else has set it
+        if is_grown and not self._missing:  # an epoch's last window may hold fewer micro-batches
+            left = self._trainer.num_training_batches - batch_idx
+            sizes = self.window.sizes if left == float("inf") else self.window.sizes[: max(1, int(left))]
+            self.window, count, start = Window(self.plan, sizes), len(sizes), batch_idx
+        self._trainer.accumulate_grad_batches = count if self._missing else every(count, start)

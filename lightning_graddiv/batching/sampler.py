@@ -1,14 +1,112 @@
-"""A batch sampler whose batch size may change between two passes over the data."""
+"""A batch sampler that draws whole accumulation windows, and whose sizes may change in the middle of a pass."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from lightning.fabric.utilities.data import sized_len
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+
+from lightning_graddiv.batching.plan import BatchPlan
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step on this process.
+
+    Attributes:
+        plan: what they were drawn by.
+        sizes: examples in each.
+    """
+
+    plan: BatchPlan
+    sizes: tuple[int, ...]
+
+
+class Pass(Iterator[list[int]]):
+    """One pass over the data, window by window.
+
+    Attributes:
+        plan: of the windows that it draws now.
+        emitted: micro-batches drawn so far. Workers prefetch: the trainer may have seen fewer.
+        windows: those drawn that the trainer has not begun yet, if the sampler records.
+        drawn: sizes of the micro-batches drawn that the trainer has not begun yet, likewise.
+    """
+
+    def __init__(self, sampler: "AdaptiveBatchSampler") -> None:
+        self.plan = sampler.plan
+        self.emitted = 0
+        self.windows: deque[Window] = deque()
+        self.drawn: deque[int] = deque()
+        self._sampler = sampler
+        self._splits_tail = sampler.splits_tail
+        self._total = sized_len(sampler.counted)
+        self._examples = 0
+        self._open: deque[int] = deque()
+        self._change: tuple[BatchPlan, int] | None = None
+        self._indices: Iterator[int] | None = None
+
+    def __next__(self) -> list[int]:
+        """Return the indices of the next micro-batch."""
+        if self._indices is None:  # not before: samplers take their random numbers here
+            self._indices = iter(self._sampler.sampler)
+        if not self._open:
+            self._open_window()
+        size = self._open.popleft()
+        batch = list(islice(self._indices, size))
+        if not batch or (len(batch) < size and self._sampler.drop_last):
+            raise StopIteration
+        self.emitted += 1
+        self._examples += len(batch)
+        if self._sampler.records:
+            self.drawn.append(len(batch))
+        return batch
+
+    @property
+    def boundary(self) -> int:
+        """The first micro-batch of a window that is not drawn yet."""
+        return self.emitted + len(self._open)
+
+    def left(self, at: int) -> int | None:
+        """Return how many examples are left from micro-batch ``at`` on, under the present plan; None for a stream."""
+        if self._total is None:
+            return None
+        windows_between = (at - self.boundary) * self.plan.micro_batch_size
+        return max(0, self._total - self._examples - sum(self._open) - windows_between)
+
+    def batches_left(self, plan: BatchPlan, at: int) -> int | None:
+        """Return how many micro-batches of ``plan`` the examples from micro-batch ``at`` on make; None for a stream."""
+        left = self.left(at)
+        return None if left is None else _batches(left, plan.micro_batch_size, self._sampler.drop_last)
+
+    def change(self, plan: BatchPlan, at: int) -> None:
+        """Draw by another plan from micro-batch ``at`` on, where a window begins that is not drawn yet."""
+        self._change = plan, at
+
+    def _open_window(self) -> None:
+        if self._change is not None and self.emitted >= self._change[1]:
+            self.plan, self._change, self._splits_tail = self._change[0], None, True
+        sizes = self._sizes()
+        self._open.extend(sizes)
+        if self._sampler.records:
+            self.windows.append(Window(self.plan, tuple(sizes)))
+
+    def _sizes(self) -> list[int]:
+        """Return the sizes of a window's micro-batches: equal, and in an epoch's last window as equal as can be."""
+        size, count = self.plan.micro_batch_size, self.plan.accumulate
+        left = self.left(self.boundary)
+        if not self._splits_tail or not left or left >= size * count:
+            return [size] * count
+        if self._sampler.drop_last:
+            return [size] * max(1, left // size)
+        batches = -(-left // size)
+        return [left // batches + (i < left % batches) for i in range(batches)]
 
 
 class AdaptiveBatchSampler(Sampler[list[int]]):
-    """Draws what ``torch.utils.data.BatchSampler`` draws; ``batch_size`` may be set between two iterations.
+    """Draws what ``torch.utils.data.BatchSampler`` draws, until its plan changes.
 
     It runs in the main process also when workers load the data, so that a new size needs no message to them. It takes
     no random numbers of its own: with an unchanged size, training is bit-identical.
@@ -17,30 +115,42 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         sampler: yields indices; its length may be unknown.
         batch_size: examples per batch, at least 1.
         drop_last: leave out a last batch that is not full.
+        counted: its length is the number of examples of a pass; None: that of the sampler.
+        records: keep what was drawn until the trainer takes it; see :class:`Pass`.
+
+    Attributes:
+        plan: of the passes to come.
+        splits_tail: whether those share out the examples of an epoch's last window equally.
+        batch_size: examples in a micro-batch that is not the last, as it is trained on now.
+        trained_on: examples in the micro-batch that is trained on now; None where that is not known.
+        latest: the pass begun last; None before the first.
     """
 
-    def __init__(self, sampler: Iterable[int], batch_size: int, drop_last: bool) -> None:
+    def __init__(
+        self, sampler: Iterable[int], batch_size: int, drop_last: bool, *, counted: Any = None, records: bool = False
+    ) -> None:
         self.sampler = sampler
+        self.counted = sampler if counted is None else counted
         self.batch_size = batch_size
         self.drop_last = drop_last
+        self.records = records
+        self.plan = BatchPlan(batch_size)
+        self.splits_tail = False
+        self.trained_on: int | None = None
+        self.latest: Pass | None = None
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield lists of ``batch_size`` indices; the size is fixed when the iteration starts."""
-        size = self.batch_size
-        indices = iter(self.sampler)
-        while batch := list(islice(indices, size)):
-            if len(batch) < size and self.drop_last:
-                return
-            yield batch
+    def __iter__(self) -> Pass:
+        """Begin a pass."""
+        self.latest = Pass(self)
+        return self.latest
 
     def __len__(self) -> int:
-        """Return the number of batches of one pass.
+        """Return the number of micro-batches of a whole pass by the present plan.
 
         Raises:
             TypeError: the sampler has no length.
         """
-        batches, rest = divmod(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
-        return batches + bool(rest and not self.drop_last)
+        return _batches(len(self.sampler), self.plan.micro_batch_size, self.drop_last)  # type: ignore[arg-type]
 
 
 def is_adaptable(loader: Any) -> bool:
@@ -51,19 +161,44 @@ def is_adaptable(loader: Any) -> bool:
     )
 
 
+def is_followed(loader: Any) -> bool:
+    """Tell whether an adaptable loader's batches arrive one for one, in the order in which they were drawn.
+
+    Not so where workers share a stream, each of which ends by itself, where they hand over what is ready first, or
+    where a subclass iterates in its own way.
+    """
+    is_plain = type(loader).__iter__ is DataLoader.__iter__
+    in_order = loader.num_workers == 0 or getattr(loader, "in_order", True)
+    return is_plain and in_order and (loader.num_workers == 0 or not isinstance(loader.dataset, IterableDataset))
+
+
 def drawn_batch_size(loader: Any) -> int | None:
     """Return how many examples the loader draws for one full batch; None where it does not say."""
-    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    size = getattr(_batch_sampler(loader), "batch_size", None)
     return size if isinstance(size, int) else None
 
 
 def drawn_examples(loader: Any, batch_idx: int) -> int | None:
     """Return how many examples batch ``batch_idx`` of a pass holds; None where the loader does not say its size."""
-    size = drawn_batch_size(loader)
+    sampler, size = _batch_sampler(loader), drawn_batch_size(loader)
     if size is None:
         return None
+    known: int | None = getattr(sampler, "trained_on", None)
+    if known is not None:
+        return known
     try:
-        left = len(loader.batch_sampler.sampler) - batch_idx * size
+        left = len(sampler.sampler) - batch_idx * size
     except (AttributeError, TypeError):  # not a plain batch sampler, or a stream
         return size
     return left if 0 < left < size else size
+
+
+def _batch_sampler(loader: Any) -> Any:
+    """Return what draws batches; with ``batch_size=None`` that may have been passed as the sampler."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(loader, "sampler", None) if batch_sampler is None else batch_sampler
+
+
+def _batches(examples: int, size: int, drop_last: bool) -> int:
+    batches, rest = divmod(examples, size)
+    return batches + bool(rest and not drop_last)

@@ -3,38 +3,28 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_graddiv.batching.learning_rate import (
-    RULES,
-    LearningRateRule,
-    LearningRateScale,
-    largest_learning_rate,
-    learning_rate_factor,
-)
-from lightning_graddiv.batching.loops import (
-    draws_a_new_epoch,
-    is_closing_an_epoch,
-    restart_iterator,
-    single_train_loader,
-)
+from lightning_graddiv.batching.learning_rate import RULES, LearningRateRule, LearningRateScale
 from lightning_graddiv.batching.resizer import BatchResizer
-from lightning_graddiv.batching.sampler import drawn_examples
+from lightning_graddiv.batching.sample_clock import SampleClock
 from lightning_graddiv.callbacks.checks import (
+    count_first_batch,
     refuse_other_resizers,
     require,
     require_among_callbacks,
     require_automatic_optimization,
+    require_one_size,
 )
-from lightning_graddiv.callbacks.growth import Growth, Throughput, explain
+from lightning_graddiv.callbacks.decision import GrowthDecision
+from lightning_graddiv.callbacks.growth import EpochRecord, Growth, Throughput, explain
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
 from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
-from lightning_graddiv.distributed import smallest_over_ranks
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
@@ -43,16 +33,18 @@ from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
 class AdaptiveBatchSize(GradientDiversityMonitor):
     """Grow the effective batch size while it stays under the measured batch-size bound.
 
-    Measures like :class:`GradientDiversityMonitor`. At the start of each epoch the batch is multiplied by
-    ``growth_factor`` if the policy allows the whole factor: by default while ``B <= delta * lower + 1``, with ``lower``
-    the lower end of the interval of B_S(w). It never shrinks. The micro-batch grows up to ``max_micro_batch_size``,
-    then gradient accumulation makes up the rest. The learning rate follows by ``scale_lr``, around each optimizer step,
-    so that any learning-rate scheduler goes on as if the batch had not grown. Validation, test and predict loaders, the
-    module and its loader code are not touched.
+    Measures like :class:`GradientDiversityMonitor`. After each measurement the batch is multiplied by ``growth_factor``
+    if the policy allows the whole factor: by default while ``B <= delta * lower + 1``, with ``lower`` the lower end of
+    the interval of B_S(w). It never shrinks. The micro-batch grows up to ``max_micro_batch_size``, then gradient
+    accumulation makes up the rest. The change takes effect in the middle of an epoch, with the first optimizer step
+    whose batches are not drawn yet; every example stays in exactly one step of its epoch. The learning rate follows by
+    ``scale_lr``, around each optimizer step, and schedulers that count steps follow the examples seen. Validation, test
+    and predict loaders, the module and its loader code are not touched.
 
-    Sizes are *effective*: examples per optimizer step = micro-batch x accumulation x processes. ``max_steps`` and
-    schedulers with ``interval="step"`` count optimizer steps, of which an epoch has fewer after growth;
-    ``limit_train_batches`` as an integer counts batches, which hold more examples then.
+    Sizes are *effective*: examples per optimizer step = micro-batch x accumulation x processes. ``max_epochs`` counts
+    passes over the data, as ever. ``max_steps`` counts optimizer steps, as ever, and those hold more examples after
+    growth: limit a training by ``max_epochs``. ``limit_train_batches`` as an integer counts batches, which hold more
+    examples then; as a fraction it stays that part of the data.
 
     Args:
         every_n_steps: see :class:`GradientDiversityMonitor`, as for the next five.
@@ -69,7 +61,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             size if gradients are accumulated already or the loader's batches cannot be changed.
         cooldown: measurements after a growth before the next, and probes that a growth needs (no more than ``window``).
         scale_lr: ``"gain"``, ``"linear"``, ``"sqrt"``, None, or ``"auto"``: gain for SGD, its square root for any other
-            optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`.
+            optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`. A parameter group
+            may have its own, under the key ``"scale_lr"``.
+        warm_in: optimizer steps over which the learning rate reaches a new factor, in equal parts; 0: at once.
         stability: a second cap, for near a minimum B_S grows without limit: a :class:`.DifferentialDiversityMonitor`
             of the same trainer. The batch grows only if the learning rate that it would have then is at most the lower
             end of what that finds stable.
@@ -77,7 +71,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: at the start of ``fit``, where the monitor refuses; ``max_batch_size`` below the
-            starting effective batch size; several training loaders, or one that does not tell its batch size; a
+            starting effective batch size; several training loaders; processes with batches of different sizes; a
             ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside; a ``stability`` monitor that
             is not among the trainer's callbacks.
 
@@ -107,9 +101,10 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         max_micro_batch_size: int | None = None,
         cooldown: int = 8,
         scale_lr: LearningRateRule = "auto",
+        warm_in: int = 4,
         stability: DifferentialDiversityMonitor | None = None,
     ) -> None:
-        self._scale = LearningRateScale()
+        self._scale = LearningRateScale(scale_lr, warm_in)
         self._resizer: BatchResizer | None = None
         super().__init__(every_n_steps, engine, max_examples, window, confidence, log_prefix)
         require(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
@@ -119,9 +114,11 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         require(is_cap, "max_micro_batch_size", "None or at least 1", max_micro_batch_size)
         require(cooldown >= 0, "cooldown", "at least 0", cooldown)
         require(scale_lr in RULES, "scale_lr", f"one of {RULES}", scale_lr)
+        require(warm_in >= 0, "warm_in", "at least 0", warm_in)
         self.max_batch_size = max_batch_size
         self.policy: Policy = DiversityBound(delta) if policy is None else policy
         self.growth_factor = growth_factor
+        self._decision = GrowthDecision(self.policy, growth_factor, max_batch_size)
         self.max_micro_batch_size = max_micro_batch_size
         self.cooldown = cooldown
         self.scale_lr = scale_lr
@@ -132,12 +129,14 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         super()._forget()
         self.batch_size = 0
         self.history: list[Growth] = []
-        self._scale.factor = 1.0
-        self._epoch_is_open = False
+        self._scale.reset()
+        self._clock = SampleClock()
+        self._pending: Growth | None = None
+        self._epoch = EpochRecord()
         self._measured_since_growth = 0
+        self._throughput = Throughput()
         self._moments: GradientMoments | None = None
         self._loss = math.nan
-        self._throughput = Throughput()
         self._batch_started = 0.0
 
     @property
@@ -155,11 +154,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         if self.stability is not None:
             require_among_callbacks(trainer, self.stability, "stability")
         self._resizer = BatchResizer(
-            trainer,
-            max_batch_size=self.max_batch_size,
-            max_micro_batch_size=self.max_micro_batch_size,
-            batch_size=lambda: self.batch_size if self.history else None,
-            on_epoch=lambda: self._on_epoch(trainer),
+            trainer, max_batch_size=self.max_batch_size, max_micro_batch_size=self.max_micro_batch_size
         )
 
     @override
@@ -170,23 +165,34 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resizer = self._running()
+        self._clock.start(trainer.estimated_stepping_batches)
+        resizer.start(self._size_to_go_on_with())
+        self._take_size(trainer)
+        for limit in resizer.limits:
+            rank_zero_warn(f"AdaptiveBatchSize: {limit}")
         super().on_train_start(trainer, pl_module)
-        self._running().start()
-        # After a checkpoint taken between two epochs, the iterator exists already: decide here, and begin it anew.
-        if self._decide(trainer):
-            restart_iterator(trainer)
+        if self.history:
+            self._clock.take_over(trainer)
+            if resizer.works_within_epochs:
+                self._epoch.restore(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        self._epoch_is_open = True
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch_is_open = False
+        self._clock.start_epoch()
+        self._epoch = EpochRecord()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        resizer = self._running()
+        if resizer.base is None:
+            resizer.learn(count_first_batch(batch), self._size_to_go_on_with())
+            self._take_size(trainer)
+        resizer.open(batch_idx)
+        if self._pending is not None and resizer.plan.batch_size == self._pending.to_batch_size:
+            self._take_effect(trainer, self._pending)
+        self._epoch.note(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch_started = time.perf_counter()
 
@@ -194,8 +200,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        is_measured = self._measured is not None
         if self._measured is None:
-            examples = (drawn_examples(single_train_loader(trainer), batch_idx) or 0) * trainer.world_size
+            examples = self._drawn_examples(trainer, batch_idx) * trainer.world_size
             self._throughput.add(self.batch_size, examples, time.perf_counter() - self._batch_started)
         else:
             self._moments = self._measured
@@ -203,6 +210,14 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             loss = outputs.get("loss", math.nan) if isinstance(outputs, Mapping) else math.nan
             self._loss = float(loss) * trainer.accumulate_grad_batches  # Lightning has divided by it
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._stepped:
+            base, window = self._running().known_base, self._running().window
+            steps = -(-sum(window.sizes) // (base.micro_batch_size * base.accumulate))
+            self._clock.advance(pl_module, steps, base.accumulate)
+            self._epoch.step(batch_idx, sum(window.sizes))
+        if is_measured and self.latest is not None:
+            self._decide(trainer, self.latest)
+            self._epoch.note(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -220,9 +235,11 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             **super().state_dict(),
             "batch_size": self.batch_size,
             "history": [growth.state_dict() for growth in self.history],
-            "epoch_is_open": self._epoch_is_open,
+            "pending": None if self._pending is None else self._pending.state_dict(),
+            "epoch": self._epoch.state_dict(),
             "measured_since_growth": self._measured_since_growth,
-            "learning_rate_factor": self._scale.factor,
+            "learning_rate": self._scale.state_dict(),
+            "clock": self._clock.state_dict(),
             "loss": self._loss,
             "moments": None if self._moments is None else asdict(self._moments),
             "throughput": self._throughput.state_dict(),
@@ -235,9 +252,12 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             return
         self.batch_size = state_dict["batch_size"]
         self.history = [Growth.from_state_dict(growth) for growth in state_dict["history"]]
-        self._epoch_is_open = state_dict["epoch_is_open"]
+        pending = state_dict["pending"]
+        self._pending = None if pending is None else Growth.from_state_dict(pending)
+        self._epoch = EpochRecord(**state_dict["epoch"])
         self._measured_since_growth = state_dict["measured_since_growth"]
-        self._scale.factor = state_dict["learning_rate_factor"]
+        self._scale.load_state_dict(state_dict["learning_rate"])
+        self._clock.load_state_dict(state_dict["clock"])
         self._loss = state_dict["loss"]
         moments = state_dict["moments"]
         self._moments = None if moments is None else GradientMoments(**moments)
@@ -249,100 +269,109 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     def _let_go(self) -> None:
         self._scale.detach()
+        self._clock.release()
         if self._resizer is not None:
             self._resizer.remove()
             self._resizer = None
 
-    def _on_epoch(self, trainer: Trainer) -> None:
-        """The loaders are ready and an epoch is about to start."""
+    def _size_to_go_on_with(self) -> int | None:
+        if self._pending is not None:
+            return self._pending.to_batch_size
+        return self.batch_size if self.history else None
+
+    def _take_size(self, trainer: Trainer) -> None:
+        """Take over the batch size that training starts with, where it is known."""
         resizer = self._running()
+        if resizer.base is None:
+            return
+        require_one_size(resizer.base.micro_batch_size, trainer.strategy.root_device)
         self.batch_size = resizer.plan.batch_size
-        if resizer.is_running and draws_a_new_epoch(trainer):
-            self._decide(trainer)
 
-    def _decide(self, trainer: Trainer) -> bool:
-        """Grow the batch for the coming epoch if the policy allows the whole factor; tell whether it grew."""
-        if self._epoch_is_open or is_closing_an_epoch(trainer) or len(self._window) == 0 or self.latest is None:
-            return False
-        run = self._run_state(trainer)
-        allowed = self._allowed(trainer, self.latest, run)
-        self._warn_of_a_start_too_large(self.latest)
-        target = self.batch_size * self.growth_factor
-        if not (self._has_measured_enough() and target <= allowed and target <= self.max_batch_size):
-            return False
-        self._grow(trainer, target, allowed, self.latest)
-        return True
-
-    def _has_measured_enough(self) -> bool:
-        """A drop of the learning rate empties the window too, and the interval of a few probes is a gamble."""
-        is_cool = not self.history or self._measured_since_growth >= self.cooldown
-        return is_cool and len(self._window) >= min(self.cooldown, self._window.size, MIN_PROBES_KEPT_BY_AGE)
-
-    def _allowed(self, trainer: Trainer, estimate: DiversityEstimate, run: RunState) -> float:
-        allowed = float(self.policy(estimate, run))
-        target = self.batch_size * self.growth_factor
-        if target <= min(allowed, self.max_batch_size) and not self._running().fits_an_epoch(target):
-            if self._refusals.is_new("epoch"):
-                rank_zero_warn(
-                    f"AdaptiveBatchSize: an epoch does not hold a single batch of {target} examples, so the batch "
-                    f"stays at {self.batch_size}."
-                )
-            allowed = 0.0
-        if target <= min(allowed, self.max_batch_size) and not self._is_stable(trainer, target, estimate, run):
-            allowed = float(self.batch_size)
-        allowed = 0.0 if math.isnan(allowed) else allowed
-        return smallest_over_ranks([allowed], trainer.strategy.root_device)[0]
-
-    def _grow(self, trainer: Trainer, target: int, allowed: float, estimate: DiversityEstimate) -> None:
+    def _decide(self, trainer: Trainer, estimate: DiversityEstimate) -> None:
+        """Prepare to grow if the policy allows the whole factor: from the first window that is not drawn yet."""
         resizer = self._running()
-        resizer.resize(target)
-        self._scale.factor = self._factor_at(trainer, target, estimate)
-        growth = Growth(
+        if not self.history:
+            self._decision.warn_of_a_start_too_large(estimate, self.batch_size, self._refusals)
+        if self._pending is not None or not self._has_measured_enough():
+            return
+        run, device = self._run_state(trainer), trainer.strategy.root_device
+        at_most = self._stable_size(trainer, estimate)
+        taken = self._decision.take(estimate, run, resizer, device, self._refusals, at_most=at_most)
+        if taken is None:
+            return
+        offer, allowed = taken
+        resizer.resize(offer)
+        target = offer.plan.batch_size
+        self._pending = Growth(
             step=self.optimizer_steps,
             epoch=trainer.current_epoch,
             examples_seen=self.examples_seen,
             from_batch_size=self.batch_size,
             to_batch_size=target,
             allowed=allowed,
-            learning_rate_factor=self._scale.factor,
+            learning_rate_factor=1.0,
             estimate=estimate,
             why=explain(estimate, self.confidence, allowed, target),
         )
+
+    def _has_measured_enough(self) -> bool:
+        """A drop of the learning rate empties the window too, and the interval of a few probes is a gamble."""
+        is_cool = not self.history or self._measured_since_growth >= self.cooldown
+        return is_cool and len(self._window) >= min(self.cooldown, self._window.size, MIN_PROBES_KEPT_BY_AGE)
+
+    def _take_effect(self, trainer: Trainer, pending: Growth) -> None:
+        """The first micro-batch of the new size is about to be trained on."""
+        first = self.history[0] if self.history else pending
+        self._scale.set(
+            batch_size=pending.to_batch_size,
+            base_batch_size=first.from_batch_size,
+            bound=pending.estimate.lower,
+            optimizer=trainer.optimizers[0],
+        )
+        self._clock.take_over(trainer)
+        growth = replace(
+            pending,
+            step=self.optimizer_steps,
+            epoch=trainer.current_epoch,
+            examples_seen=self.examples_seen,
+            learning_rate_factor=self._scale.factor,
+        )
         self.history.append(growth)
         rank_zero_info(
-            f"AdaptiveBatchSize: {growth.from_batch_size} -> {target} from epoch {growth.epoch} on ({resizer.plan}), "
-            f"because {growth.why}; learning rate x {self._scale.factor:.3g}"
+            f"AdaptiveBatchSize: {growth.from_batch_size} -> {growth.to_batch_size} from step {growth.step} in epoch "
+            f"{growth.epoch} on ({self._running().plan}), because {growth.why}; learning rate x "
+            f"{growth.learning_rate_factor:.3g}"
         )
-        self.batch_size = target
+        self.batch_size, self._pending = growth.to_batch_size, None
         self._measured_since_growth = 0
         self._window.clear()
+        self._measurer.close()  # it may be waiting for a step to compare with one of the old size
 
-    def _factor_at(self, trainer: Trainer, target: int, estimate: DiversityEstimate) -> float:
-        return learning_rate_factor(
-            self.scale_lr,
+    def _stable_size(self, trainer: Trainer, estimate: DiversityEstimate) -> float:
+        """Return the size that the second cap allows: the present one, or any."""
+        if self.stability is None:
+            return math.inf
+        target = self.batch_size * self.growth_factor
+        rate = self._scale.largest_at(
+            trainer.optimizers[0],
             batch_size=target,
             base_batch_size=self.history[0].from_batch_size if self.history else self.batch_size,
             bound=estimate.lower,
-            optimizer=trainer.optimizers[0],
         )
-
-    def _is_stable(self, trainer: Trainer, target: int, estimate: DiversityEstimate, run: RunState) -> bool:
-        """Tell whether the learning rate at the target size is within what is measured to be stable."""
-        if self.stability is None:
-            return True
-        rate = run.learning_rate / self._scale.factor * self._factor_at(trainer, target, estimate)
         cap = self.stability.learning_rate_cap(target)
-        if rate > cap.lower and self._refusals.is_new("stability"):
+        if rate <= cap.lower:
+            return math.inf
+        if self._refusals.is_new("stability"):
             rank_zero_info(
                 f"AdaptiveBatchSize: the batch stays at {self.batch_size} for now: {target} examples would be trained "
                 f"on with a learning rate of {rate:.3g}, and {cap.lower:.3g} to {cap.upper:.3g} is what is stable."
             )
-        return rate <= cap.lower
+        return float(self.batch_size)
 
     def _run_state(self, trainer: Trainer) -> RunState:
         return RunState(
             batch_size=self.batch_size,
-            learning_rate=largest_learning_rate(trainer.optimizers[0]) * self._scale.factor,
+            learning_rate=self._scale.largest(trainer.optimizers[0]),
             loss=self._loss,
             throughput=self._throughput.per_second(),
             moments=self._moments,
@@ -351,16 +380,13 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             epoch=trainer.current_epoch,
         )
 
-    def _warn_of_a_start_too_large(self, estimate: DiversityEstimate) -> None:
-        if self.history or not isinstance(self.policy, DiversityBound):
-            return
-        at_most = self.policy.delta * estimate.upper + 1
-        if self.batch_size > at_most and self._refusals.is_new("start"):
-            rank_zero_warn(
-                f"AdaptiveBatchSize: the starting effective batch size of {self.batch_size} is above the {at_most:.4g} "
-                f"that the policy allows even at the upper end of the interval (B_S <= {estimate.upper:.4g}). The "
-                "batch never shrinks: start with a smaller one."
-            )
+    @override
+    def _drawn_examples(self, trainer: Trainer, batch_idx: int) -> int:
+        return super()._drawn_examples(trainer, batch_idx) or self._running().plan.micro_batch_size
+
+    @override
+    def _restart_if_resized(self, trainer: Trainer) -> None:
+        """An epoch's last window may hold fewer micro-batches: that is no other batch size."""
 
     @override
     def _effective_batch_size(self, trainer: Trainer) -> int:
@@ -368,7 +394,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     @override
     def _learning_rate_factor(self) -> float:
-        return self._scale.factor
+        return self._scale.applied
 
     def _running(self) -> BatchResizer:
         if self._resizer is None:

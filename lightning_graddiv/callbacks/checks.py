@@ -2,7 +2,12 @@
 
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_graddiv.distributed import agreed_over_ranks
+from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.batches import count_examples
 
 
 def require(condition: bool, argument: str, expected: str, got: object) -> None:
@@ -108,3 +113,31 @@ def require_among_callbacks(trainer: Any, other: Any, argument: str) -> None:
             f"Expected argument `{argument}` to be among the trainer's callbacks, or it never measures: add it to "
             "`Trainer(callbacks=[...])`."
         )
+
+
+def require_one_size(micro_batch_size: int, device: torch.device) -> None:
+    """Refuse processes whose micro-batches have different sizes. Every process must call this.
+
+    Raises:
+        MisconfigurationException: they have.
+    """
+    if agreed_over_ranks(micro_batch_size, device) is None:
+        raise MisconfigurationException(
+            "AdaptiveBatchSize needs the same batch size on every process, so that they grow together, but one of "
+            f"them has a training loader with {micro_batch_size} and another has not."
+        )
+
+
+def count_first_batch(batch: Any) -> int:
+    """Return the number of examples in a batch, where the loader does not tell it.
+
+    Raises:
+        MisconfigurationException: it cannot be told from the batch either.
+    """
+    try:
+        return count_examples(batch)
+    except MeasurementError as error:
+        raise MisconfigurationException(
+            f"AdaptiveBatchSize: neither the training loader nor its first batch tells the batch size ({error}). Use a "
+            "DataLoader with `batch_size`, or a batch sampler that has a `batch_size`."
+        ) from error

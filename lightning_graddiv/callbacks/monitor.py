@@ -219,7 +219,7 @@ class GradientDiversityMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.examples_seen += (drawn_examples(single_train_loader(trainer), batch_idx) or 0) * trainer.world_size
+        self.examples_seen += self._drawn_examples(trainer, batch_idx) * trainer.world_size
         self.optimizer_steps += self._stepped
         if self._stepped:
             self._stopwatch.end_step(trainer.strategy.root_device, is_measured=self._is_measured_step)
@@ -290,6 +290,10 @@ class GradientDiversityMonitor(Callback):
         self._window.append(moments, learning_rate=self._opened_learning_rate, examples_seen=self.examples_seen)
         self.latest = self._window.estimate(self._dataset_size, self.confidence)
         self._check_ranks()
+
+    def _drawn_examples(self, trainer: Trainer, batch_idx: int) -> int:
+        """Return how many examples this process's micro-batch holds; 0 where the loader does not tell."""
+        return drawn_examples(single_train_loader(trainer), batch_idx) or 0
 
     def _restart_if_resized(self, trainer: Trainer) -> None:
         """Begin a new window where somebody else has changed the size of the batch."""

@@ -27,6 +27,12 @@ def test_resized_is_the_largest_micro_batch_that_divides_the_batch(batch_size, l
     assert plan.world_size == world
 
 
+def test_accumulated_keeps_the_micro_batch():
+    assert BatchPlan(8, 3, 2).accumulated(96) == BatchPlan(8, 6, 2)
+    assert BatchPlan(8, 3, 2).accumulated(40) is None
+    assert BatchPlan(8, 3, 2).accumulated(0) is None
+
+
 def test_processes_cannot_share_what_does_not_divide():
     assert BatchPlan(4, 1, 3).resized(16, 64) is None
     assert BatchPlan(4, 1, 3).resized(0, 64) is None

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_graddiv.batching.sampler import AdaptiveBatchSampler, drawn_batch_size, drawn_examples, is_adaptable
+from lightning_graddiv.batching.plan import BatchPlan
+from lightning_graddiv.batching.sampler import (
+    AdaptiveBatchSampler,
+    drawn_batch_size,
+    drawn_examples,
+    is_adaptable,
+    is_followed,
+)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -22,14 +29,60 @@ def test_draws_the_same_batches_from_the_same_random_numbers(size, drop_last):
     assert torch.equal(ours[2], torchs[2])
 
 
-def test_a_new_size_counts_from_the_next_iteration():
+def test_a_new_plan_counts_from_the_next_pass():
     sampler = AdaptiveBatchSampler(range(8), 2, False)
     running = iter(sampler)
     assert next(running) == [0, 1]
-    sampler.batch_size = 4
+    sampler.plan = BatchPlan(4)
     assert next(running) == [2, 3]
     assert list(sampler) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert len(sampler) == 2
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("examples", range(20, 45))
+def test_a_plan_changes_with_a_window_and_no_example_is_lost(examples, drop_last):
+    """In the middle of the second window: 2 x 2 goes on to its end, then comes 5 x 3."""
+    sampler = AdaptiveBatchSampler(range(examples), 2, drop_last, records=True)
+    sampler.plan = BatchPlan(2, 2)
+    running = iter(sampler)
+    drawn = [next(running) for _ in range(3)]
+    assert running.boundary == 4
+    predicted = running.batches_left(BatchPlan(5, 3), 4)
+    running.change(BatchPlan(5, 3), 4)
+    drawn += list(running)
+    flat = [index for batch in drawn for index in batch]
+    assert flat == list(range(len(flat)))
+    assert [len(batch) for batch in drawn[:4]] == [2] * 4
+    assert len(drawn) == 4 + predicted
+    whole, rest = divmod(examples - 8, 15)
+    tail = [len(batch) for batch in drawn[4 + 3 * whole :]]
+    assert [len(batch) for batch in drawn[4 : 4 + 3 * whole]] == [5] * 3 * whole
+    if drop_last:
+        assert tail == [5] * (rest // 5)
+    else:
+        assert sum(tail) == rest
+        assert len(tail) == -(-rest // 5)
+        assert max(tail, default=0) - min(tail, default=0) <= 1
+    windows = [window for window in running.windows if window.plan == BatchPlan(5, 3)]
+    assert [len(window.sizes) for window in windows][: whole + bool(tail)] == [3] * whole + [len(tail)] * bool(tail)
+    assert list(running.drawn) == [len(batch) for batch in drawn]
+
+
+def test_a_change_may_wait_for_a_later_window():
+    sampler = AdaptiveBatchSampler(range(14), 2, False)
+    running = iter(sampler)
+    assert next(running) == [0, 1]
+    assert running.left(3) == 8
+    running.change(BatchPlan(4), 3)
+    assert [len(batch) for batch in running] == [2, 2, 4, 4]
+
+
+def test_what_nobody_takes_is_not_kept():
+    running = iter(AdaptiveBatchSampler(range(100), 1, False))
+    assert len(list(running)) == 100
+    assert not running.windows
+    assert not running.drawn
 
 
 def test_a_stream_has_no_length():
@@ -44,6 +97,24 @@ def test_says_how_many_examples_a_batch_holds():
     assert drawn_examples(loader, 7) == 4  # resumed in mid-epoch: the loader began anew
     assert drawn_batch_size(DataLoader(range(10), batch_size=None)) is None
     assert drawn_examples([1, 2], 0) is None
+    batches = BatchSampler(SequentialSampler(range(10)), 4, False)
+    assert drawn_batch_size(DataLoader(range(10), sampler=batches, batch_size=None)) == 4
+
+
+def test_follows_only_batches_that_arrive_as_they_were_drawn():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(10))
+
+    class Own(DataLoader):
+        def __iter__(self):
+            return super().__iter__()
+
+    assert is_followed(DataLoader(range(10), 4, num_workers=2))
+    assert not is_followed(DataLoader(range(10), 4, num_workers=2, in_order=False))
+    assert is_followed(DataLoader(Stream(), 4))
+    assert not is_followed(DataLoader(Stream(), 4, num_workers=2))
+    assert not is_followed(Own(range(10), 4))
 
 
 def test_only_plain_batch_samplers_are_replaced():

@@ -1,0 +1,90 @@
+"""The training loader, as it is resized: a copy of the user's, whose own stays as it is."""
+
+import copy
+from typing import Any
+
+from lightning.fabric.utilities.data import sized_len
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_graddiv.batching.plan import BatchPlan
+from lightning_graddiv.batching.sampler import AdaptiveBatchSampler, drawn_batch_size, is_adaptable, is_followed
+
+
+class AdoptedLoader:
+    """A training loader whose micro-batch can be changed, if its batches are drawn by a plain batch sampler.
+
+    In its place comes a shallow copy with an :class:`AdaptiveBatchSampler`; the user's own, which may serve for
+    validation too, is not touched.
+
+    Args:
+        loader: as Lightning has finished it, before its length is read; None before there is one.
+        keeps: keep the loader and its micro-batch, whatever it is.
+
+    Attributes:
+        loader: to train on.
+        batch_size: the user's batch size; None if the loader does not tell it.
+        is_adaptable: whether the micro-batch can be changed.
+        is_followed: whether it can be changed in the middle of an epoch.
+        reason: why it cannot be changed.
+    """
+
+    def __init__(self, loader: Any, *, keeps: bool = False) -> None:
+        self.loader = loader
+        self.batch_size = drawn_batch_size(loader)
+        self.is_adaptable = not keeps and is_adaptable(loader)
+        self.is_followed = self.is_adaptable and is_followed(loader)
+        self.reason = _reason(loader)
+        if self.is_adaptable:
+            # A copy keeps the loader's class, workers and generator; past DataLoader.__setattr__, which forbids it.
+            self.loader, plain = copy.copy(loader), loader.batch_sampler
+            self._sampler = AdaptiveBatchSampler(
+                plain.sampler,
+                plain.batch_size,
+                plain.drop_last,
+                counted=loader.dataset if isinstance(loader.dataset, IterableDataset) else None,
+                records=self.is_followed,
+            )
+            self.loader.__dict__["batch_sampler"] = self._sampler
+
+    def draws(self, plan: BatchPlan, *, splits_tail: bool) -> None:
+        """Draw passes to come by this plan."""
+        if not self.is_adaptable:
+            return
+        self._sampler.plan = plan
+        self._sampler.splits_tail = splits_tail and self.is_followed
+        if isinstance(self.loader.dataset, IterableDataset):  # whose loader's length is counted by this one
+            self.loader.__dict__["batch_size"] = plan.micro_batch_size
+
+    def trains_on(self, plan: BatchPlan) -> None:
+        """Batches of this plan arrive from now on."""
+        if self.is_adaptable:
+            self._sampler.batch_size = plan.micro_batch_size
+
+    def takes(self, examples: int) -> None:
+        """A micro-batch of so many examples is trained on now."""
+        self._sampler.trained_on = examples
+
+    def lets_go(self) -> None:
+        """Nobody follows its batches any more."""
+        if self.is_adaptable:
+            self._sampler.records, self._sampler.trained_on = False, None
+
+    def batches(self, plan: BatchPlan, *, whole_batches: bool) -> float:
+        """Return the number of micro-batches of one pass, of whole ones only if wanted; infinite for a stream."""
+        if not self.is_adaptable:
+            batches = sized_len(self.loader)
+            return float("inf") if batches is None else batches
+        examples = sized_len(self._sampler.counted)
+        if examples is None:
+            return float("inf")
+        batches, rest = divmod(examples, plan.micro_batch_size)
+        return batches + bool(rest and not whole_batches and not self._sampler.drop_last)
+
+
+def _reason(loader: Any) -> str:
+    """Say why the loader's micro-batch cannot be changed."""
+    if not isinstance(loader, DataLoader):
+        return f"the training data is no DataLoader but a `{type(loader).__name__}`"
+    if loader.batch_sampler is None:
+        return "the training loader has `batch_size=None`, so that its batches are made elsewhere"
+    return f"the training loader draws by a batch sampler of its own, `{type(loader.batch_sampler).__name__}`"
