@@ -47,14 +47,16 @@ def fashion_mnist(folder: Path | None = None) -> tuple[TensorDataset, TensorData
     )
 
 
-def read_idx(folder: Path, name: str) -> torch.Tensor:
-    """Read one of Fashion-MNIST's files and check that it is the file it should be."""
+def read_idx(
+    folder: Path, name: str, digests: dict[str, str] = FASHION_MNIST, data: str = "Fashion-MNIST"
+) -> torch.Tensor:
+    """Read one IDX file and check that it is the file it should be."""
     found = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
     if found is None:
         raise SystemExit(f"There is neither {name} nor {name}.gz in {folder}.")
     content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
-    if hashlib.sha256(content).hexdigest() != FASHION_MNIST[name]:
-        raise SystemExit(f"{found} is damaged, or is not Fashion-MNIST: its digest is wrong. Delete it and try again.")
+    if hashlib.sha256(content).hexdigest() != digests[name]:
+        raise SystemExit(f"{found} is damaged, or is not {data}: its digest is wrong. Delete it and try again.")
     dimensions = content[3]  # IDX: two zeros, the type (8: unsigned bytes), the number of dimensions, their sizes
     sizes = np.frombuffer(content, ">i4", count=dimensions, offset=4).tolist()
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes).copy())
