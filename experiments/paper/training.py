@@ -1,4 +1,4 @@
-"""Training with Lightning as the paper trains: plain SGD, a constant step size, the loss of all examples after each pass."""
+"""Training with Lightning as the paper trains: plain SGD and a constant step size, looked at after each pass."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_graddiv import measure_moments
+from lightning_graddiv import DiversityEstimate, GradientDiversityMonitor, measure_moments
 
 Data = tuple[Tensor, Tensor]
 Result = TypeVar("Result")
@@ -73,8 +73,20 @@ def score(net: nn.Module, data: Data) -> Score:
     return Score(loss if math.isfinite(loss) else math.inf, float((answers == data[1]).float().mean()))
 
 
+class Readings(GradientDiversityMonitor):
+    """The monitor, keeping what it read: passes made, the bound and its interval."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        super().__init__(every_n_steps=every_n_steps)
+        self.readings: list[tuple[float, float, float, float]] = []
+
+    def on_estimate(self, trainer: L.Trainer, pl_module: Classifier, estimate: DiversityEstimate) -> None:  # noqa: ARG002
+        done = self.optimizer_steps / trainer.num_training_batches
+        self.readings.append((done, estimate.bound, estimate.lower, estimate.upper))
+
+
 class AfterEachPass(L.Callback):
-    """Calls a function of the pass and the network after each pass over the data, and ends training when it returns True."""
+    """Calls a function of the pass and the network after each pass; ends training when that returns True."""
 
     def __init__(self, look: Callable[[int, nn.Module], bool | None]) -> None:
         self.look = look
