@@ -12,7 +12,7 @@ OLDEST := $(VENV)/oldest-lightning
 CORE := tests/batching tests/callbacks tests/test_ddp.py tests/test_in_band_ddp.py tests/test_metric.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-conformance test-lightning coverage lint format bench bench-overhead bench-growth clean distclean
+.PHONY: help demo test test-slow test-conformance test-lightning coverage lint format bench bench-overhead bench-growth paper clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,14 @@ bench-overhead: $(STAMP) ## measure what measuring costs; rivals only where the 
 
 bench-growth: $(STAMP) ## measure what a growth costs
 	$(RUN) benchmarks/growth.py $(ARGS)
+
+paper: $(STAMP) ## run the paper's experiments in their quick form: tables and pictures in outputs/paper
+	$(RUN) experiments/paper/lower_bound.py --quick $(ARGS)
+	$(RUN) experiments/paper/theory_check.py --quick $(ARGS)
+	$(RUN) experiments/paper/replication.py --quick $(ARGS)
+	$(RUN) experiments/paper/stability.py --quick $(ARGS)
+	$(RUN) experiments/paper/speedup.py --quick $(ARGS)
+	$(RUN) experiments/paper/dropconnect.py --quick $(ARGS)
 
 clean: ## remove what runs left behind; keeps .venv
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist *.egg-info

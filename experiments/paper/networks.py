@@ -1,6 +1,6 @@
 """The networks that the experiments train: logistic regression, a convnet and a residual network.
 
-None has batch normalisation: it would couple the examples of a batch, and then there are no per-example gradients to be diverse.
+None has batch normalisation: it would couple the examples of a batch, which then have no gradients of their own.
 """
 
 from torch import Tensor, nn

@@ -37,7 +37,7 @@ SMALL = 16
 # Each rate was the best of a coarse grid at r = 1; larger factors than these diverge or come near it.
 PLANS: dict[str, tuple[float, tuple[int, ...], tuple[float, ...]]] = {
     "logistic regression": (0.005, (256, 512, 768), (0.5, 1, 2)),
-    "convnet": (0.06, (512,), (4, 8)),
+    "convnet": (0.06, (512,), (2, 4)),
     "residual network": (0.06, (512,), (1, 2)),
 }
 PROBES_A_PASS = 8

@@ -2,8 +2,8 @@
 
 Both start from the same weights and draw the same positions in the same order. After each pass: the normalised
 distance sqrt(|w - w'|^2 / (|w|^2 + |w'|^2)) of their weights, which is at most sqrt(2), and loss and accuracy on the
-training set and on held-out images. The step size gamma on the sum of a batch's gradients is the same for all batch sizes, as in the
-paper's theorems, so that the learning rate on the mean grows in proportion to the batch.
+training set and on held-out images. The step size gamma on the sum of a batch's gradients is the same for all batch
+sizes, as in the paper's theorems, so that the learning rate on the mean grows in proportion to the batch.
 
     python experiments/paper/stability.py [--quick] [--examples 8192] [--passes 30] [--seeds 5] [--data-dir FOLDER]
 """
@@ -20,7 +20,7 @@ from results import COLOURS, Mean, mean_of, panels, read_options, write_csv, wri
 from torch import Tensor, nn
 from training import AfterEachPass, Data, fit, new_network, over_processes, score
 
-COMMON = {"batch_sizes": (64, 512, 1024), "learning_rate_at_64": 0.06}
+COMMON = {"batch_sizes": (64, 512, 1024), "learning_rate_at_64": 0.04}
 QUICK = {"examples": 1024, "passes": 30, "seeds": 3, "side": 16, "width": 8, **COMMON}
 FULL = {"examples": 8192, "passes": 30, "seeds": 5, "side": 32, "width": 16, **COMMON}
 
@@ -122,8 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for size in options.batch_sizes:
         last = {name: curve(rows, size, name) for name in ("distance", *list(rows[0])[4:])}
-        summary[f"B = {size}"] = {name: means[-1] if means else None for name, (_, means) in last.items()}
-        print(f"B = {size:5}   last pass:", rounded_line(summary[f"B = {size}"]))
+        finite = {name: means[-1] if means else None for name, (_, means) in last.items()}
+        summary[f"B = {size}"] = {"passes": max(last["distance"][0], default=0), **finite}
+        print(f"B = {size:5}   after {summary[f'B = {size}']['passes']} passes:", rounded_line(finite))
     write_csv(options.out / "stability.csv", rows)
     picture(rows, options.batch_sizes, options.out / "stability.png")
     write_summary(options.out / "stability.json", options, summary, data=images.name)

@@ -1,0 +1,145 @@
+"""Table 1: seconds to 90, 95 and 99 % of the training set, on two workers, with DropConnect and without.
+
+MNIST, a convnet, two processes under DDP on one thread each, each masking its own gradient (``per="worker"``). What is
+kept is divided by 1 - p, so that one learning rate serves all p. Clocks stand still while accuracies are measured, five
+times a pass. Lightning starts the second process by running this file again.
+
+    python experiments/paper/dropconnect.py [--quick] [--examples 60000] [--seeds 5] [--data-dir FOLDER]
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from images import find_images, training_set
+from networks import convnet
+from results import COLOURS, mean_of, panels, read_options, size_axis, write_csv, write_summary
+from training import Data, fit, new_network, quiet, score
+
+from lightning_graddiv.callbacks.mechanisms import DropConnect
+
+COMMON = {"probabilities": (0.0, 0.4, 0.5), "batch_sizes": (128, 256, 512), "learning_rate_at_128": 0.1}
+QUICK = {"examples": 4096, "passes": 30, "seeds": 2, "side": 14, "width": 8, **COMMON}
+FULL = {"examples": 60_000, "passes": 30, "seeds": 5, "side": 28, "width": 16, **COMMON}
+
+TARGETS = (0.90, 0.95, 0.99)
+LOOKS_A_PASS = 5
+PAPER = {0.0: (46.97, 57.39, 361.52), 0.4: (24.88, 39.12, 313.60), 0.5: (29.68, 43.24, 317.79)}
+PROCESSES = 2
+
+
+class Clock(L.Callback):
+    """Seconds and passes to each target; looks at the whole training set with the clock stopped.
+
+    Both processes look at the same weights, and so they agree on when to stop.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.seconds = 0.0
+        self.reached: dict[float, tuple[float, float]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ARG002
+        self.since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        steps = trainer.num_training_batches
+        if trainer.global_step % max(1, steps // LOOKS_A_PASS):
+            return
+        self.seconds += time.perf_counter() - self.since
+        accuracy = score(pl_module.net, self.data).accuracy
+        for target in TARGETS:
+            if accuracy >= target and target not in self.reached:
+                self.reached[target] = self.seconds, trainer.global_step / steps
+        trainer.should_stop = len(self.reached) == len(TARGETS)
+        self.since = time.perf_counter()
+
+
+def train(data: Data, probability: float, batch_size: int, seed: int, options: Any) -> dict[str, Any]:
+    clock = Clock(data)
+    callbacks = [clock, *([DropConnect(probability, rescale=True, seed=seed)] if probability else [])]
+    fit(
+        new_network(convnet, data, seed, width=options.width),
+        data,
+        batch_size=batch_size // PROCESSES,
+        learning_rate=options.learning_rate_at_128 * batch_size / 128,
+        passes=options.passes,
+        seed=seed,
+        callbacks=callbacks,
+        devices=PROCESSES,
+        strategy="ddp",
+    )
+    run: dict[str, Any] = {"p": probability, "batch_size": batch_size, "seed": seed}
+    for target in TARGETS:
+        seconds, passes = clock.reached.get(target, (math.inf, math.inf))
+        run |= {f"seconds_{100 * target:.0f}": seconds, f"passes_{100 * target:.0f}": passes}
+    if torch.distributed.get_rank() == 0:
+        print(f"p = {probability}  B = {batch_size:4}  seed {seed}  {clock.seconds:7.2f} s of training", flush=True)
+    return run
+
+
+def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each p and batch size the means over the seeds; ``best`` marks the fewest seconds to the last target."""
+    rows = []
+    for p in dict.fromkeys(run["p"] for run in runs):
+        of_p = []
+        for size in dict.fromkeys(run["batch_size"] for run in runs):
+            these = [run for run in runs if (run["p"], run["batch_size"]) == (p, size)]
+            of_p.append({"p": p, "batch_size": size} | {name: mean_of(r[name] for r in these) for name in these[0]})
+            of_p[-1] |= {"p": p, "batch_size": size, "best": False}
+            del of_p[-1]["seed"]
+        min(of_p, key=lambda row: row["seconds_99"].value)["best"] = True
+        rows += of_p
+    return rows
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    figure, axes = panels(1, 2, width=4.6)
+    for ax, column, label in zip(axes[0], ("seconds_99", "passes_99"), ("seconds", "passes"), strict=True):
+        for i, p in enumerate(dict.fromkeys(row["p"] for row in rows)):
+            these = [row for row in rows if row["p"] == p and math.isfinite(row[column].value)]
+            spread = [row[column].half_width if math.isfinite(row[column].half_width) else 0 for row in these]
+            sizes, means = [row["batch_size"] for row in these], [row[column].value for row in these]
+            ax.errorbar(sizes, means, spread, fmt="o-", color=COLOURS[i], capsize=3, label=f"p = {p}")
+        size_axis(ax, [row["batch_size"] for row in rows if row["p"] == rows[0]["p"]], "batch size")
+        ax.set_ylim(0)
+        ax.set_ylabel(f"{label} to 99 % of the training set")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = read_options(__doc__, QUICK, FULL, arguments, images="MNIST")
+    images = find_images("MNIST", options.data_dir)
+    data = training_set(images, options.examples, side=options.side)
+    train(data, 0.0, max(options.batch_sizes), 0, vars_with(options, passes=1))  # the first run pays for start-up
+    runs = [
+        train(data, p, size, seed, options)
+        for seed in range(options.seeds)
+        for p in options.probabilities
+        for size in options.batch_sizes
+    ]
+    if torch.distributed.get_rank() > 0:
+        return
+    rows = table(runs)
+    for row in rows:
+        times = "  ".join(f"{row[f'seconds_{100 * t:.0f}'].value:7.2f} s" for t in TARGETS)
+        passes = f"{row['passes_99'].value:5.1f} passes"
+        print(f"p = {row['p']}  B = {row['batch_size']:4}  {times}  {passes}{'  best' if row['best'] else ''}")
+    write_csv(options.out / "dropconnect.csv", runs)
+    picture(rows, options.out / "dropconnect.png")
+    summary = {"table": rows, "paper_seconds": PAPER}
+    write_summary(options.out / "dropconnect.json", options, summary, data=images.name)
+
+
+def vars_with(options: Any, **changes: Any) -> Any:
+    return type(options)(**{**vars(options), **changes})
+
+
+if __name__ == "__main__":
+    quiet()
+    main()
