@@ -20,7 +20,7 @@ from networks import convnet
 from results import COLOURS, mean_of, panels, read_options, size_axis, write_csv, write_summary
 from training import Data, fit, new_network, quiet, score
 
-from lightning_graddiv.callbacks.mechanisms import DropConnect
+from lightning_graddiv import DropConnect
 
 COMMON = {"probabilities": (0.0, 0.4, 0.5), "batch_sizes": (128, 256, 512), "learning_rate_at_128": 0.1}
 QUICK = {"examples": 4096, "passes": 30, "seeds": 2, "side": 14, "width": 8, **COMMON}

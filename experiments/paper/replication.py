@@ -9,6 +9,7 @@ its distinct points at the same weights, which must be equal.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def train(
             exact.append((done, exact_bound(net, many), exact_bound(net, distinct)))
 
     monitor = Readings(every_n_steps=max(1, len(many[0]) // batch_size // PROBES_A_PASS))
-    callbacks = [AfterEachPass(look), monitor]
+    callbacks = [AfterEachPass(look), *([monitor] if batch_size == SMALL else [])]
     fit(net, many, batch_size=batch_size, learning_rate=learning_rate, passes=passes, seed=seed, callbacks=callbacks)
     loss, accuracy = score(net, many)
     run = {"network": network, "r": r, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
@@ -110,8 +111,6 @@ def bounds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         of = {name: run[name] for name in ("network", "r", "batch_size", "seed")}
-        if run["batch_size"] != SMALL:
-            continue
         nothing = dict.fromkeys(("bound", "lower", "upper", "exact_replicated", "exact_distinct"))
         for done, bound, lower, upper in run["readings"]:
             rows.append({**of, "passes": done, **nothing, "bound": bound, "lower": lower, "upper": upper})
@@ -137,7 +136,8 @@ def picture(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) 
         small = [run for run in runs if (run["network"], run["batch_size"], run["seed"]) == (network, SMALL, 0)]
         draw_bounds(axes[1, column], sorted(small, key=lambda run: run["r"]))
     axes[0, 0].set_ylabel(f"loss(B) / loss({SMALL}) after equal passes")
-    axes[1, 0].set_ylabel(f"$B_S(w)$ of the {SMALL}'s run")
+    axes[1, 0].set_ylabel(f"$B_S(w)$ at the weights of B = {SMALL}")
+    axes[1, 1].set_title("line: monitor; o: exact, replicated; x: exact, distinct points", fontsize=9)
     axes[1, 0].legend(fontsize=8, ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -148,29 +148,36 @@ def draw_ratios(ax: Any, network: str, rows: list[dict[str, Any]]) -> None:
         x, y = [row["r"] for row in these], [row["ratio"] for row in these]
         spread = [[row["ratio"] - row["low"] for row in these], [row["high"] - row["ratio"] for row in these]]
         look = {"color": COLOURS[i], "marker": MARKERS[i], "capsize": 3, "linewidth": 1.8, "markersize": 5}
-        ax.errorbar(
-            x, y, spread if all(math.isfinite(high) for high in spread[1]) else None, label=f"B = {batch_size}", **look
-        )
+        has_spread = all(math.isfinite(high) for high in spread[1])
+        ax.errorbar(x, y, spread if has_spread else None, label=f"B = {batch_size}", **look)
     ax.set_yscale("log")
     ax.axhline(1, color="0.5", linewidth=0.8)
+    top = ax.get_ylim()[1]
+    ticks = [tick for power in range(4) for tick in (10**power, 2 * 10**power, 5 * 10**power) if tick < top]
+    ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     size_axis(ax, [row["r"] for row in these], "copies of each example, r")
     ax.set_title(network, loc="left", fontweight="bold", fontsize=10)
     ax.legend(frameon=False, fontsize=8)
 
 
 def draw_bounds(ax: Any, runs: list[dict[str, Any]]) -> None:
+    """B_S by the monitor as lines, for the fewest and the most copies; exactly as dots, for all."""
+    shown = [value for run in runs for *_, value in run["exact"]]
     for i, run in enumerate(runs):
-        done, bound, lower, upper = zip(*run["readings"], strict=True)
-        ax.plot(done, [b if math.isfinite(b) else math.nan for b in bound], color=COLOURS[i], label=f"r = {run['r']}")
-        ax.fill_between(done, lower, [min(u, 1e9) for u in upper], color=COLOURS[i], alpha=0.15, linewidth=0)
+        if i in (0, len(runs) - 1):
+            done, bound, lower, upper = zip(*run["readings"], strict=True)
+            ax.plot(done, bound, color=COLOURS[i], linewidth=1.6)
+            ax.fill_between(done, lower, [min(u, 1e9) for u in upper], color=COLOURS[i], alpha=0.15, linewidth=0)
+            shown += [value for value in bound if math.isfinite(value)]
         if run["exact"]:
             at, replicated_bound, distinct_bound = zip(*run["exact"], strict=True)
-            ax.plot(at, replicated_bound, "o", color=COLOURS[i], markersize=8, fillstyle="none")
+            ax.plot(
+                at, replicated_bound, "o", color=COLOURS[i], markersize=8, fillstyle="none", label=f"r = {run['r']}"
+            )
             ax.plot(at, distinct_bound, "x", color=COLOURS[i], markersize=5)
-    finite = [value for run in runs for reading in run["readings"] for value in reading[1:2] if math.isfinite(value)]
     ax.set_yscale("log")
-    ax.set_ylim(min(finite) / 2, max(finite) * 2)
-    ax.set_xlabel("passes (o: exact, replicated; x: exact, distinct)")
+    ax.set_ylim(min(shown) / 3, 20 * statistics.median(shown))
+    ax.set_xlabel("passes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
