@@ -91,6 +91,18 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Read what :func:`write_csv` wrote, all of it numbers; nothing where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
 def write_summary(path: Path, options: argparse.Namespace, summary: Mapping[str, Any], *, data: str = "") -> None:
     """Write what came out beside what it came from: options, data, versions and machine."""
     settings = {name: value for name, value in vars(options).items() if name not in {"out", "data_dir"}}

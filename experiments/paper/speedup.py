@@ -5,6 +5,8 @@
 is the best of several where --factors gives several. A GradientDiversityMonitor measures B_S along the way at the
 smallest size, and gain(B) of that predicts the passes of the others from those of the smallest.
 
+A part that is not in --parts is drawn from what an earlier run left in --out.
+
     python experiments/paper/speedup.py [--quick] [--parts passes throughput] [--seeds 5] [--data-dir FOLDER]
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from images import Images, find_images, training_set
 from networks import convnet
-from results import COLOURS, HERE, Mean, mean_of, panels, read_options, size_axis, write_csv, write_summary
+from results import COLOURS, HERE, Mean, mean_of, panels, read_csv, read_options, size_axis, write_csv, write_summary
 from torch import nn
 from training import AfterEachPass, Data, Readings, fit, new_network, over_processes, score
 
@@ -158,7 +160,7 @@ def picture(rates: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path)
         left.set_xticks([1, 2])
         left.legend(frameon=False, fontsize=8)
     left.set_xlabel("processes")
-    left.set_ylabel("examples a second, over those of one process")
+    left.set_ylabel("examples a second, over one process")
     reached = [row for row in rows if math.isfinite(row["passes"].value)]
     if reached:
         sizes, means = [row["batch_size"] for row in reached], [row["passes"] for row in reached]
@@ -180,14 +182,12 @@ def picture(rates: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path)
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = read_options(__doc__, QUICK, FULL, arguments, images="CIFAR-10")
     images = find_images("CIFAR-10", options.data_dir)
-    rates, rows = [], []
+    timed, trained = options.out / "speedup_throughput.csv", options.out / "speedup_passes.csv"
     if "throughput" in options.parts:
-        rates = throughput(images, options)
-        write_csv(options.out / "speedup_throughput.csv", rates)
+        write_csv(timed, throughput(images, options))
     if "passes" in options.parts:
-        runs = passes(training_set(images, options.examples, side=options.side), options)
-        rows = best(runs)
-        write_csv(options.out / "speedup_passes.csv", runs)
+        write_csv(trained, passes(training_set(images, options.examples, side=options.side), options))
+    rates, rows = read_csv(timed), best(read_csv(trained))
     for row in rates:
         print(f"B = {row['batch_size']:5}  {row['processes']} processes  {row['examples_per_second']:9.0f} examples/s")
     for row in rows:

@@ -20,7 +20,7 @@ from results import COLOURS, Mean, mean_of, panels, read_options, write_csv, wri
 from torch import Tensor, nn
 from training import AfterEachPass, Data, fit, new_network, over_processes, score
 
-COMMON = {"batch_sizes": (64, 512, 1024), "learning_rate_at_64": 0.04}
+COMMON = {"batch_sizes": (64, 512, 1024), "learning_rate_at_64": 0.03}
 QUICK = {"examples": 1024, "passes": 30, "seeds": 3, "side": 16, "width": 8, **COMMON}
 FULL = {"examples": 8192, "passes": 30, "seeds": 5, "side": 32, "width": 16, **COMMON}
 
