@@ -38,8 +38,8 @@ SMALL = 16
 # Found on a coarse grid at r = 1 and one seed; the small batch keeps its rate for every r, which favours the large one.
 PLANS: dict[str, tuple[float, tuple[int, ...], tuple[float, ...]]] = {
     "logistic regression": (0.005, (256, 512, 768), (0.5, 1, 2)),
-    "convnet": (0.06, (512,), (2, 4)),
-    "residual network": (0.06, (512,), (1, 2)),
+    "convnet": (0.06, (512,), (2, 4, 8)),
+    "residual network": (0.06, (512,), (0.5, 1, 2)),
 }
 PROBES_A_PASS = 8
 
