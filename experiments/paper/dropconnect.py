@@ -81,8 +81,6 @@ def train(data: Data, probability: float, batch_size: int, seed: int, options: A
             f"seconds_{100 * target:.0f}": steps * median,
             f"passes_{100 * target:.0f}": steps * batch_size / len(data[1]),
         }
-    if torch.distributed.get_rank() == 0:
-        print(f"p = {probability}  B = {batch_size:4}  seed {seed}  {run['passes_99']:5.1f} passes", flush=True)
     return run
 
 
@@ -121,13 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = find_images("MNIST", options.data_dir)
     data = training_set(images, options.examples, side=options.side)
     train(data, 0.0, max(options.batch_sizes), 0, vars_with(options, passes=1))  # the first run pays for start-up
-    runs = [
-        train(data, p, size, seed, options)
-        for seed in range(options.seeds)
-        for p in options.probabilities
-        for size in options.batch_sizes
+    runs = []
+    is_first = torch.distributed.get_rank() == 0
+    plans = [
+        (p, size, seed) for seed in range(options.seeds) for p in options.probabilities for size in options.batch_sizes
     ]
-    if torch.distributed.get_rank() > 0:
+    for p, size, seed in plans:
+        runs.append(train(data, p, size, seed, options))
+        if is_first:
+            print(f"p = {p}  B = {size:4}  seed {seed}  {runs[-1]['passes_99']:5.1f} passes", flush=True)
+    if not is_first:
         return
     rows = table(runs)
     for row in rows:
