@@ -149,34 +149,39 @@ def throughput(images: Images, options: Any) -> list[dict[str, Any]]:
 
 
 def picture(rates: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = panels(1, 2, width=4.8)
-    left, right = axes[0]
+    """Draw the parts that there are numbers of."""
+    figure, axes = panels(1, max(1, bool(rates) + bool(rows)), width=4.8)
+    if rates:
+        draw_throughput(axes[0, 0], rates)
+    if rows:
+        draw_passes(axes[0, -1], rows)
+    figure.savefig(path, dpi=110)
+
+
+def draw_throughput(ax: Any, rates: list[dict[str, Any]]) -> None:
     for i, size in enumerate(sorted({row["batch_size"] for row in rates})):
         these = [row for row in rates if row["batch_size"] == size]
         workers = [row["processes"] for row in these]
-        left.plot(workers, [row["speedup"] for row in these], "o-", color=COLOURS[i], label=f"B = {size:,}")
-    if rates:
-        left.plot([1, 2], [1, 2], ":", color="0.4", label="ideal")
-        left.set_xticks([1, 2])
-        left.legend(frameon=False, fontsize=8)
-    left.set_xlabel("processes")
-    left.set_ylabel("examples a second, over one process")
+        ax.plot(workers, [row["speedup"] for row in these], "o-", color=COLOURS[i], label=f"B = {size:,}")
+    ax.plot([1, 2], [1, 2], ":", color="0.4", label="ideal")
+    ax.set_xticks([1, 2])
+    ax.legend(frameon=False, fontsize=8)
+    ax.set_xlabel("processes")
+    ax.set_ylabel("examples a second, over one process")
+
+
+def draw_passes(ax: Any, rows: list[dict[str, Any]]) -> None:
     reached = [row for row in rows if math.isfinite(row["passes"].value)]
-    if reached:
-        sizes, means = [row["batch_size"] for row in reached], [row["passes"] for row in reached]
-        spread = [m.half_width if math.isfinite(m.half_width) else 0 for m in means]
-        look = {"fmt": "o-", "color": COLOURS[0], "capsize": 3, "label": "measured"}
-        right.errorbar(sizes, [m.value for m in means], spread, **look)
-        predictions = [row["predicted"] for row in rows]
-        every_size = [row["batch_size"] for row in rows]
-        right.plot(
-            every_size, predictions, "--", color=COLOURS[1], label="predicted by the $B_S$ measured at the first"
-        )
-        size_axis(right, every_size, "batch size")
-        right.set_ylim(0)
-        right.set_ylabel("passes to the target")
-        right.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    sizes, means = [row["batch_size"] for row in reached], [row["passes"] for row in reached]
+    spread = [mean.half_width if math.isfinite(mean.half_width) else 0 for mean in means]
+    look = {"fmt": "o-", "color": COLOURS[0], "capsize": 3, "label": "measured"}
+    ax.errorbar(sizes, [mean.value for mean in means], spread, **look)
+    every_size, predicted = [row["batch_size"] for row in rows], [row["predicted"] for row in rows]
+    ax.plot(every_size, predicted, "--", color=COLOURS[1], label="predicted by the $B_S$ measured at the first")
+    size_axis(ax, every_size, "batch size")
+    ax.set_ylim(0)
+    ax.set_ylabel("passes to the target")
+    ax.legend(frameon=False, fontsize=8)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
