@@ -62,7 +62,7 @@ def read_options(
         images: the data set that is asked for, where there is one.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes: under three minutes on two quiet cores")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for two cores and a few minutes")
     for name, value in full.items():
         kind = type(value[0]) if isinstance(value, tuple) else type(value)
         parser.add_argument(
