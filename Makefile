@@ -7,6 +7,8 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
+# One thread for each process; a file's tests stay together, since runs of two processes are shared by them.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 OLDEST := $(VENV)/oldest-lightning
 CORE := tests/batching tests/callbacks tests/test_ddp.py tests/test_in_band_ddp.py tests/test_metric.py
@@ -21,13 +23,13 @@ demo: $(STAMP) ## train on handwritten digits and watch the batch grow
 	$(RUN) examples/digits.py $(ARGS)
 
 test: $(STAMP) ## run the fast tests
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that are slow or need the network
-	$(RUN) -m pytest -m "slow or network" $(ARGS)
+	$(PYTEST) -m "slow or network" $(ARGS)
 
 test-conformance: $(STAMP) ## hold per-example gradients against every layer of torch and hundreds of odd models
-	$(RUN) -m pytest tests/conformance -m conformance $(ARGS)
+	$(PYTEST) --dist load tests/conformance -m conformance $(ARGS)
 
 # Only Lightning and torchmetrics differ: they lie in a folder of their own, which comes first on the path.
 test-lightning: $(STAMP) $(OLDEST)/installed ## run the core against the oldest and the newest supported Lightning
@@ -35,7 +37,7 @@ test-lightning: $(STAMP) $(OLDEST)/installed ## run the core against the oldest 
 	$(RUN) -m pytest $(CORE) $(ARGS)
 
 coverage: $(STAMP) ## run the fast tests and list the lines that none of them reaches
-	$(RUN) -m pytest --cov $(ARGS)
+	$(PYTEST) --cov $(ARGS)
 
 lint: $(STAMP) ## check format, style and types; changes nothing
 	$(RUN) -m ruff format --check .

@@ -151,7 +151,7 @@ class TestLangevin:
         )
         module.slopes = torch.ones(self.d)
         fit(module, ones(8, 4), LangevinNoise(self.sigma), adaptive, max_epochs=3)
-        sizes = [4] * 8 + [8] * 4 + [16] * 2
+        sizes = [4, 8, 16, 4] + [16] * 4  # 32 examples an epoch: four are left after the first growths
         assert [float(update.var()) for update in module.updates] == self.about(*sizes)
 
     def test_clipping_neither_sees_nor_shrinks_it(self):

@@ -353,14 +353,14 @@ class TestSecondCap:
         return [growth.to_batch_size for growth in adaptive.history]
 
     def test_a_rate_within_the_cap_lets_the_batch_grow(self):
-        assert self.grown(0.06) == [16, 32]
+        assert self.grown(0.06) == [16, 32, 64]
 
     def test_a_rate_above_it_does_not(self):
         assert self.grown(0.04) == []
 
     def test_a_rate_that_does_not_grow_may_come_within_it(self):
         # The lower end is 0.005 * B: 0.05 fits from 16 examples on only if the rate stays.
-        assert self.grown(0.04, scale_lr=None) == [16, 32]
+        assert self.grown(0.04, scale_lr=None) == [16, 32, 64]
         assert self.grown(0.02, scale_lr=None) == []
 
     def test_without_measurements_nothing_grows(self):

@@ -80,7 +80,9 @@ def test_gradients_flow_through_dropout_without_noise():
 
 
 @pytest.mark.parametrize(
-    "draw", [lambda: F.dropout(torch.ones(3), 0.0), lambda: torch.zeros(3).sort(), lambda: nn.Linear(2, 2)], ids=str
+    "draw",
+    [lambda: F.dropout(torch.ones(3), 0.0), lambda: torch.zeros(3).sort(), lambda: nn.Linear(2, 2)],
+    ids=["dropout of nothing", "sort", "a layer"],
 )
 def test_what_is_not_random_is_left_alone(draw):
     with noise_off() as noise:
