@@ -7,6 +7,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
+RIVALS := $(VENV)/rivals-installed
 # One thread for each process; a file's tests stay together, since runs of two processes are shared by them.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
@@ -51,7 +52,7 @@ format: $(STAMP) ## put format and style right where a tool can
 bench: $(STAMP) ## run the benchmark that the README quotes
 	$(RUN) benchmarks/digits.py $(ARGS)
 
-bench-overhead: $(STAMP) ## measure what measuring costs; rivals only where the extra `bench` is installed
+bench-overhead: $(RIVALS) ## measure what measuring costs, beside other libraries
 	$(RUN) benchmarks/overhead.py $(ARGS)
 	$(RUN) benchmarks/performance.py
 
@@ -86,4 +87,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 $(OLDEST)/installed: $(STAMP)
 	@rm -rf $(OLDEST)
 	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(OLDEST) lightning==2.5.0 torchmetrics==1.6.0
+	@touch $@
+
+# BackPACK asks for torchvision, which only its examples use, and which does not import beside another build of torch.
+$(RIVALS): $(STAMP)
+	@$(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e ".[bench]"
+	@$(RUN) -c "import torchvision" 2>/dev/null || $(RUN) -m pip uninstall --quiet --yes torchvision
 	@touch $@
