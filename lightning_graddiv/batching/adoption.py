@@ -19,6 +19,7 @@ class AdoptedLoader:
     Args:
         loader: as Lightning has finished it, before its length is read; None before there is one.
         keeps: keep the loader and its micro-batch, whatever it is.
+        limit: ``limit_train_batches``.
 
     Attributes:
         loader: to train on.
@@ -28,12 +29,13 @@ class AdoptedLoader:
         reason: why it cannot be changed.
     """
 
-    def __init__(self, loader: Any, *, keeps: bool = False) -> None:
+    def __init__(self, loader: Any, *, keeps: bool = False, limit: float = 1.0) -> None:
         self.loader = loader
         self.batch_size = drawn_batch_size(loader)
-        self.is_adaptable = not keeps and is_adaptable(loader)
+        endless = _why_its_end_is_unknown(loader, limit)
+        self.is_adaptable = not keeps and is_adaptable(loader) and endless is None
         self.is_followed = self.is_adaptable and is_followed(loader)
-        self.reason = _reason(loader)
+        self.reason = endless or _reason(loader)
         if self.is_adaptable:
             # A copy keeps the loader's class, workers and generator; past DataLoader.__setattr__, which forbids it.
             self.loader, plain = copy.copy(loader), loader.batch_sampler
@@ -79,6 +81,20 @@ class AdoptedLoader:
             return float("inf")
         batches, rest = divmod(examples, plan.micro_batch_size)
         return batches + bool(rest and not whole_batches and not self._sampler.drop_last)
+
+
+def _why_its_end_is_unknown(loader: Any, limit: float) -> str | None:
+    """Say why Lightning could not be told how many larger batches an epoch has.
+
+    An epoch that is shorter than it was told ends without validation.
+    """
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
+        return None
+    if loader.num_workers > 0:
+        return "workers share a stream, each of which ends by itself, and nobody knows after how many larger batches"
+    if isinstance(limit, int) and sized_len(loader.dataset) is None:
+        return f"the stream, whose length is not known, may hold fewer than {limit} larger batches"
+    return None
 
 
 def _reason(loader: Any) -> str:

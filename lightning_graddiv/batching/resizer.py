@@ -205,7 +205,7 @@ class BatchResizer:
             self._watch = None
 
     def _adopt(self, loader: Any) -> Any:
-        self._loader = AdoptedLoader(loader)
+        self._loader = AdoptedLoader(loader, limit=self._trainer.limit_train_batches)
         if not self._is_running:
             self._begin()
         self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))

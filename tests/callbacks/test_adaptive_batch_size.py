@@ -382,16 +382,15 @@ class TestTheEpochStaysAnEpoch:
             assert_each_example_once(module, epoch)
 
     @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-    @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("sized", [False, True])
-    def test_a_stream_grows_too(self, sized, workers):
+    def test_a_stream_grows_too(self, sized):
         module = ValidatedAudit(EXAMPLES)
         stream = (SizedStream if sized else Stream)()
         callback = adaptive()
         fit(
             callback,
             module=module,
-            train=DataLoader(stream, 4, num_workers=workers),
+            train=DataLoader(stream, 4),
             val=loader(EXAMPLES, 8, shuffle=False),
         )
         assert callback.batch_size == 16

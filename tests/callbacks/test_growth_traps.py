@@ -248,32 +248,53 @@ class Endless(IterableDataset):
         return ((row,) for _ in iter(int, 1) for row in torch.eye(EXAMPLES))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_t24_a_stream_grows_though_its_sampler_has_no_length(workers):
-    train = DataLoader(Stream(), 4, num_workers=workers)
+def test_t24_a_stream_grows_though_its_sampler_has_no_length():
+    train = DataLoader(Stream(), 4)
     with pytest.raises(TypeError):
         bool(train.batch_sampler)
     module, _ = fit(adaptive(max_batch_size=16), train=train, val=held_out())
     assert module.validations == [0, 1, 2]
     assert [len(torch.stack(module.steps_of(epoch)).sum(0).nonzero()) for epoch in range(3)] == [EXAMPLES] * 3
     assert sum(sizes(module.steps)) == 3 * EXAMPLES
-    # Lightning holds one batch of a stream in hand; workers that share one accumulate until the epoch's end.
-    assert sizes(module.steps_of(0))[:7] == [4] * 5 + ([8] * 2 if workers else [4, 8])
-    assert set(module.micro_batches[:15]) == ({4} if workers else {4, 8, 16})
+    # Lightning holds one batch of a stream in hand.
+    assert sizes(module.steps_of(0))[:7] == [4] * 6 + [8]
+    assert set(module.micro_batches[:15]) == {4, 8, 16}
     assert sizes(module.steps_of(2)) == [16] * 4
     assert max(module.micro_batches) == 16
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_t25_a_sized_stream_has_the_length_of_its_new_batches(workers):
+@pytest.mark.parametrize("sized", [False, True])
+def test_t4_a_stream_that_workers_share_grows_by_accumulation(sized):
+    """Each worker ends by itself: an epoch of larger batches might be shorter than Lightning was told."""
+    train = DataLoader((SizedStream if sized else Stream)(), 4, num_workers=2)
+    with warned("gradient accumulation only, because workers share a stream"):
+        module, _ = fit(adaptive(max_batch_size=16), train=train, val=held_out())
+    assert module.validations == [0, 1, 2]
+    assert [len(torch.stack(module.steps_of(epoch)).sum(0).nonzero()) for epoch in range(3)] == [EXAMPLES] * 3
+    assert max(module.micro_batches) == 4
+    assert max(sizes(module.steps_of(2))) == 16
+
+
+def test_t4_a_number_of_batches_of_a_stream_is_not_made_larger_than_the_stream():
+    with warned("gradient accumulation only, because the stream, whose length is not known"):
+        module, _ = fit(
+            adaptive(max_batch_size=16), train=DataLoader(Stream(), 4), val=held_out(), limit_train_batches=9
+        )
+    assert module.validations == [0, 1, 2]
+    assert max(module.micro_batches) == 4
+    assert max(sizes(module.steps)) == 16
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+def test_t25_a_sized_stream_has_the_length_of_its_new_batches():
     lengths = []
 
     class Look(Callback):
         def on_train_epoch_end(self, trainer, *_):
             lengths.append((trainer.num_training_batches, trainer.fit_loop.epoch_loop.batch_progress.current.ready))
 
-    train = DataLoader(SizedStream(), 4, num_workers=workers)
+    train = DataLoader(SizedStream(), 4)
     module, trainer = fit(adaptive(max_batch_size=16), train=train, val=held_out(), callbacks=[Look()])
     assert module.validations == [0, 1, 2]
     assert_every_epoch_whole(module)

@@ -10,6 +10,7 @@ FAST = covering(2, workers="none")[::2]
 PARTS = 12
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:AdaptiveBatchSize. the batch grows by gradient accumulation only"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
     # A tuner that finds nothing on three flat steps says so, and Lightning resumes from what it saved before it.
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
