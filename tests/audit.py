@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -83,6 +84,16 @@ def quiet_trainer(**kwargs: Any) -> Trainer:
             **kwargs,
         }
     )
+
+
+class ScaledInFull(MixedPrecision):
+    """A gradient scaler over steps in float32: a power of two, which costs no digit."""
+
+    def __init__(self, scale: float = 2.0**12) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast("cpu", enabled=False)
 
 
 def assert_each_example_once(module: AuditModule, epoch: int) -> None:

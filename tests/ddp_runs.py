@@ -5,6 +5,7 @@ Run as `python -m tests.ddp_runs FOLDER`; test_ddp.py reads the folder.
 
 import json
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor
+from tests import loader_matrix
 from tests.audit import AuditModule, loader, quiet_trainer
 
 EXAMPLES = 64
@@ -95,6 +97,48 @@ def grown(workers, examples=EXAMPLES, **kwargs):
         "micro_batches": module.micro_batches,
         "examples_seen": callback.examples_seen,
     }
+
+
+CORNERS = (
+    loader_matrix.Corner("map", "loader", "none", False, 1, None, 0, "none", None),
+    loader_matrix.Corner("map", "datamodule", "2 persistent", True, 2, None, 1, "none", None),
+    loader_matrix.Corner("merged", "loader", "2", False, 1, "min_size", 0, "none", None),
+    loader_matrix.Corner("two", "datamodule", "none", False, 2, "max_size", 0, "half", None),
+)
+
+
+def corners(rank):
+    return [at_corner(corner) for corner in CORNERS]
+
+
+def at_corner(corner):
+    """With samplers that Lightning injects: without a callback, with an idle one, and with one that grows."""
+    folder = tempfile.mkdtemp()
+    on_two = {"strategy": "ddp", "devices": 2}
+    plain, _ = loader_matrix.train(corner, folder, **on_two)
+    rng = torch.get_rng_state()
+    idle, _ = loader_matrix.train(corner, folder, AdaptiveBatchSize(every_n_steps=10**9, max_batch_size=512), **on_two)
+    is_idle = torch.equal(torch.get_rng_state(), rng) and torch.equal(plain.w, idle.w)
+    is_idle &= all(torch.equal(a, b) for a, b in zip(plain.steps, idle.steps, strict=True))
+    is_idle &= plain.micro_batches == idle.micro_batches and plain.lengths == idle.lengths
+    callback = AdaptiveBatchSize(
+        every_n_steps=1, max_batch_size=32, max_micro_batch_size=8, delta=1.0, cooldown=4, merge_batches=True
+    )
+    grown, _ = loader_matrix.train(corner, folder, callback, **on_two)
+    return {
+        "is_idle": is_idle and plain.validations == idle.validations,
+        "history": [growth.to_batch_size for growth in callback.history],
+        "micro_batches": sorted(set(grown.micro_batches)),
+        "seen": [[seen_in(module, epoch) for epoch in range(loader_matrix.EPOCHS)] for module in (plain, grown)],
+        "validations": [plain.validations, grown.validations],
+        "lengths": grown.lengths,
+    }
+
+
+def seen_in(module, epoch):
+    """How many examples are in one step of the epoch, and how many in more."""
+    seen = (torch.stack(module.steps_of(epoch)) > 0).sum(0)
+    return int((seen == 1).sum()), int((seen > 1).sum())
 
 
 class Noisy(Regression):
@@ -222,6 +266,7 @@ RUNS = (
     uneven_shards,
     growth,
     growth_with_workers_and_tails,
+    corners,
     lengths_that_would_part,
     batches_of_two_sizes,
     same_data,

@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, get_worker_info
 
 from tests.audit import ValidatedAudit, one_hot, quiet_trainer
 
@@ -49,7 +50,7 @@ class Corner:
         is_stream = self.data == "stream"
         fraction_of_a_stream = is_stream and self.limit in ("half", "overfit")
         tuned_once = self.beside is None or self.limit in ("none", "half")
-        finds = not (self.beside == "BatchSizeFinder" and self.mode)
+        finds = not (self.beside == "BatchSizeFinder" and (self.mode or self.data == "two"))
         return not (from_hooks and self.source == "loader") and not fraction_of_a_stream and tuned_once and finds
 
     @property
@@ -59,7 +60,7 @@ class Corner:
 
 
 VALUES = {
-    "data": ("map", "stream", "sized stream"),
+    "data": ("map", "merged", "two", "stream", "sized stream"),
     "source": ("loader", "datamodule"),
     "workers": ("none", "2", "2 persistent", "2 prefetching one"),
     "drop_last": (False, True),
@@ -89,6 +90,13 @@ def covering(values_at_once: int, workers: str | None = None) -> list[Corner]:
     return picked
 
 
+class Backwards(BatchSampler):
+    """Another batch sampler than torch's, whose batches may be merged."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return reversed(list(super().__iter__()))
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         info, rows = get_worker_info(), torch.eye(EXAMPLES)
@@ -109,14 +117,18 @@ class Data(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         corner = self.corner
-        data: Any = {"map": one_hot(EXAMPLES), "stream": Stream(), "sized stream": SizedStream()}[corner.data]
-        kwargs: dict[str, Any] = {"drop_last": corner.drop_last}
-        if corner.data == "map":
+        data: Any = {"stream": Stream(), "sized stream": SizedStream()}.get(corner.data, one_hot(EXAMPLES))
+        kwargs: dict[str, Any] = {"batch_size": self.batch_size, "drop_last": corner.drop_last}
+        if corner.data in ("map", "two"):
             kwargs["shuffle"] = corner.limit != "overfit"
+        if corner.data == "merged":
+            kwargs = {"batch_sampler": Backwards(RandomSampler(data), self.batch_size, corner.drop_last)}
         if corner.workers != "none":
             kwargs |= {"num_workers": 2, "persistent_workers": "persistent" in corner.workers}
             kwargs |= {"prefetch_factor": 1 if "prefetching" in corner.workers else 2}
-        loader = DataLoader(data, self.batch_size, **kwargs)
+        loader: Any = DataLoader(data, **kwargs)
+        if corner.data == "two":
+            loader = [loader, DataLoader(data, **kwargs)]
         return loader if corner.mode is None else CombinedLoader(loader, corner.mode)
 
     def val_dataloader(self) -> Any:
@@ -124,11 +136,17 @@ class Data(LightningDataModule):
 
 
 class Ordered(ValidatedAudit):
-    """Notes the length of each epoch, as expected and as taken."""
+    """Trains on the first of several loaders. Notes the length of each epoch, as expected and as taken."""
 
     def __init__(self) -> None:
         super().__init__(EXAMPLES, learning_rate=0.1)
         self.lengths: list[tuple[float, int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(_first(batch), batch_idx)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(_first(batch), batch_idx)
 
     def on_train_start(self) -> None:
         for seen in (self.steps, self.step_epochs, self.micro_batches, self.validations, self.lengths):
@@ -140,7 +158,11 @@ class Ordered(ValidatedAudit):
         )
 
 
-def train(corner: Corner, folder: Any, *callbacks: Any) -> tuple[Ordered, Trainer]:
+def _first(batch: Any) -> Any:
+    return batch[0] if len(batch) == 2 else batch
+
+
+def train(corner: Corner, folder: Any, *callbacks: Any, **options: Any) -> tuple[Ordered, Trainer]:
     """Train on a corner, from the same random numbers each time."""
     torch.manual_seed(1)
     limits = {
@@ -163,6 +185,7 @@ def train(corner: Corner, folder: Any, *callbacks: Any) -> tuple[Ordered, Traine
         num_sanity_val_steps=0,
         default_root_dir=folder,
         **limits,
+        **options,
     )
     module, data = Ordered(), Data(corner)
     if corner.source == "datamodule":

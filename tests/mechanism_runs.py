@@ -25,7 +25,7 @@ from lightning_graddiv import (
     GradientQuantization,
     LangevinNoise,
 )
-from tests.audit import quiet_trainer
+from tests.audit import ScaledInFull, quiet_trainer
 
 SIZES = (5, 3)
 HIDDEN = 120
@@ -114,6 +114,12 @@ def masked_examples(rank):
     return {**state(module), **moments(module.gradients, rank), "effect": asdict(mechanism.effect)}
 
 
+def ends_of(mechanism, **kwargs):
+    module = Single()
+    two_processes(mechanism, **kwargs).fit(module)
+    return bits(*module.parameters())
+
+
 class Updates(Share):
     """Keeps what the optimizer did, from weights that hardly move."""
 
@@ -131,6 +137,17 @@ def langevin_moments(rank):
     module, mechanism = Updates(), LangevinNoise(0.5)
     two_processes(mechanism).fit(module)
     return {**state(module), **moments(module.gradients, rank), "effect": asdict(mechanism.effect)}
+
+
+class Single(Share):
+    """In float32, under a gradient scaler that costs no digit, or without one."""
+
+    def __init__(self):
+        super().__init__(0.05, steps=12, hidden=20)
+        self.net.float()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([part.float() for part in batch], batch_idx)
 
 
 def trainings(rank):
@@ -162,6 +179,7 @@ def trainings(rank):
             "plain": state(plain),
             "watched": state(watched),
             "resumed": bits(*resumed.parameters()),
+            "scaled": [ends_of(make(), plugins=plugins, **common) for plugins in ([], [ScaledInFull()])],
             "measurements": monitor.measurements,
             "bound": monitor.latest.bound,
         }

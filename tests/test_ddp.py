@@ -100,6 +100,25 @@ def test_so_it_does_with_workers_and_windows_that_are_not_full(runs):
     assert max(first["micro_batches"]) == 8
 
 
+@pytest.mark.parametrize("at", range(len(ddp_runs.CORNERS)), ids=lambda at: str(ddp_runs.CORNERS[at]))
+def test_on_every_kind_of_data_idle_changes_nothing_and_growth_loses_nothing(runs, at):
+    first, second = (of_rank[at] for of_rank in runs(ddp_runs.corners))
+    assert first["is_idle"]
+    assert second["is_idle"]
+    first["micro_batches"] = second["micro_batches"] = max(first["micro_batches"] + second["micro_batches"])
+    assert first == second
+    corner = ddp_runs.CORNERS[at]
+    assert first["history"]
+    assert first["micro_batches"] == (4 if corner.data == "two" else 8)
+    assert first["validations"][0] == first["validations"][1]
+    assert all(expected == taken for expected, taken in first["lengths"])
+    for (once, twice), of_grown in zip(*first["seen"], strict=True):
+        # Of 61 examples, one is dealt out twice; what is left of 31 by micro-batches of 8 is dropped with drop_last.
+        assert once + twice == 61 if corner.limit == "none" and not corner.drop_last else once + twice < 61
+        assert of_grown[1] <= twice
+        assert sum(of_grown) >= once + twice - (16 if corner.drop_last or corner.limit == "half" else 0)
+
+
 def test_lengths_that_would_part_keep_the_batch_as_it_is(runs):
     assert runs(ddp_runs.lengths_that_would_part) == [
         {"history": [], "steps": 6, "said": 1},

@@ -108,6 +108,7 @@ def test_in_training_they_stay_in_sync_and_a_monitor_changes_nothing(runs, name)
     assert first["measurements"] > 5
     assert math.isfinite(first["bound"])
     assert first["resumed"] == first["plain"]["weights"]
+    assert first["scaled"][0] == first["scaled"][1]
 
 
 def test_the_monitor_measures_plain_gradients(runs):

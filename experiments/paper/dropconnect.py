@@ -25,7 +25,7 @@ from training import Data, fit, new_network, quiet, score
 from lightning_graddiv import DropConnect
 
 COMMON = {"probabilities": (0.0, 0.4, 0.5), "learning_rate_at_128": 0.14}
-QUICK = {"examples": 2048, "passes": 40, "seeds": 1, "side": 14, "width": 8, "batch_sizes": (64, 128, 256), **COMMON}
+QUICK = {"examples": 1024, "passes": 40, "seeds": 1, "side": 14, "width": 8, "batch_sizes": (32, 64, 128), **COMMON}
 FULL = {"examples": 60_000, "passes": 30, "seeds": 5, "side": 28, "width": 16, "batch_sizes": (128, 256, 512), **COMMON}
 
 TARGETS = (0.90, 0.95, 0.99)

@@ -30,7 +30,7 @@ from results import (
 from torch import nn
 from training import AfterEachPass, Data, Readings, exact_bound, fit, new_network, over_processes, score
 
-QUICK = {"examples": 2048, "passes": 6, "seeds": 3, "side": 16, "width": 8, "replications": (1, 2, 4, 8)}
+QUICK = {"examples": 2048, "passes": 6, "seeds": 2, "side": 16, "width": 8, "replications": (1, 2, 4, 8)}
 FULL = {"examples": 8192, "passes": 16, "seeds": 5, "side": 32, "width": 16, "replications": (1, 2, 4, 8)}
 
 SMALL = 16

@@ -39,7 +39,7 @@ QUICK = {
     "seeds": 3,
     "target": 0.95,
     "most_passes": 200,
-    "steps": 3,
+    "steps": 2,
 }
 FULL = {
     "parts": ("passes", "throughput"),

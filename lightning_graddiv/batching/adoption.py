@@ -7,18 +7,27 @@ from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_graddiv.batching.plan import BatchPlan
-from lightning_graddiv.batching.sampler import AdaptiveBatchSampler, drawn_batch_size, is_adaptable, is_followed
+from lightning_graddiv.batching.sampler import (
+    AdaptiveBatchSampler,
+    draws_mergeably,
+    draws_plainly,
+    drawn_batch_size,
+    is_followed,
+)
 
 
 class AdoptedLoader:
     """A training loader whose micro-batch can be changed, if its batches are drawn by a plain batch sampler.
+
+    Or by another one, whose batches may be merged.
 
     In its place comes a shallow copy with an :class:`AdaptiveBatchSampler`; the user's own, which may serve for
     validation too, is not touched.
 
     Args:
         loader: as Lightning has finished it, before its length is read; None before there is one.
-        keeps: keep the loader and its micro-batch, whatever it is.
+        keeps: why the loader keeps its micro-batch, whatever it is; None if it need not.
+        merges: micro-batches may be merged of the batches that a batch sampler of the user's draws.
         limit: ``limit_train_batches``.
 
     Attributes:
@@ -26,27 +35,43 @@ class AdoptedLoader:
         batch_size: the user's batch size; None if the loader does not tell it.
         is_adaptable: whether the micro-batch can be changed.
         is_followed: whether it can be changed in the middle of an epoch.
-        reason: why it cannot be changed.
+        reason: why it cannot be changed; None if it can.
     """
 
-    def __init__(self, loader: Any, *, keeps: bool = False, limit: float = 1.0) -> None:
+    def __init__(
+        self, loader: Any, *, keeps: str | None = None, merges: bool = False, limit: float = 1.0
+    ) -> None:
         self.loader = loader
         self.batch_size = drawn_batch_size(loader)
-        endless = _why_its_end_is_unknown(loader, limit)
-        self.is_adaptable = not keeps and is_adaptable(loader) and endless is None
+        is_merged = merges and draws_mergeably(loader)
+        is_adopted = isinstance(getattr(loader, "batch_sampler", None), AdaptiveBatchSampler)
+        is_drawn = is_adopted or is_merged or draws_plainly(loader)
+        self.reason = keeps or _why_its_end_is_unknown(loader, limit) or (None if is_drawn else _reason(loader))
+        self.is_adaptable = self.reason is None
         self.is_followed = self.is_adaptable and is_followed(loader)
-        self.reason = endless or _reason(loader)
-        if self.is_adaptable:
+        if self.is_adaptable and not is_adopted:
             # A copy keeps the loader's class, workers and generator; past DataLoader.__setattr__, which forbids it.
-            self.loader, plain = copy.copy(loader), loader.batch_sampler
-            self._sampler = AdaptiveBatchSampler(
-                plain.sampler,
-                plain.batch_size,
-                plain.drop_last,
+            self.loader, theirs = copy.copy(loader), loader.batch_sampler
+            self.loader.__dict__["batch_sampler"] = AdaptiveBatchSampler(
+                theirs if is_merged else theirs.sampler,
+                theirs.batch_size,
+                getattr(theirs, "drop_last", False),
                 counted=loader.dataset if isinstance(loader.dataset, IterableDataset) else None,
-                records=self.is_followed,
+                merges=is_merged,
             )
-            self.loader.__dict__["batch_sampler"] = self._sampler
+        if self.is_adaptable:  # adopted already, if a tuner has trained before
+            self._sampler: AdaptiveBatchSampler = self.loader.batch_sampler
+            self._sampler.records = self.is_followed
+            workers = getattr(self.loader, "_iterator", None)
+            if workers is not None:  # persistent ones, begun before: they draw from what they were begun with
+                workers._index_sampler = self._sampler
+                if loader is not self.loader:
+                    loader._iterator = None  # who trains ends them; the user's loader begins others
+
+    @property
+    def item_size(self) -> int:
+        """What every micro-batch is a multiple of."""
+        return self._sampler.item_size if self.is_adaptable else 1
 
     def draws(self, plan: BatchPlan, *, splits_tail: bool) -> None:
         """Draw passes to come by this plan."""
@@ -67,19 +92,21 @@ class AdoptedLoader:
         self._sampler.trained_on = examples
 
     def lets_go(self) -> None:
-        """Nobody follows its batches any more."""
-        if self.is_adaptable:
+        """Nobody follows its batches any more: it draws what the user's draws."""
+        if self.is_adaptable and self.batch_size is not None:
+            self.draws(BatchPlan(self.batch_size), splits_tail=False)
+            self._sampler.batch_size = self.batch_size
             self._sampler.records, self._sampler.trained_on = False, None
 
     def batches(self, plan: BatchPlan, *, whole_batches: bool) -> float:
-        """Return the number of micro-batches of one pass, of whole ones only if wanted; infinite for a stream."""
-        if not self.is_adaptable:
-            batches = sized_len(self.loader)
-            return float("inf") if batches is None else batches
-        examples = sized_len(self._sampler.counted)
-        if examples is None:
+        """Return the number of micro-batches of one pass, of whole ones only if wanted; infinite for a stream.
+
+        Only for an adaptable loader.
+        """
+        items = sized_len(self._sampler.counted)
+        if items is None:
             return float("inf")
-        batches, rest = divmod(examples, plan.micro_batch_size)
+        batches, rest = divmod(items * self.item_size, plan.micro_batch_size)
         return batches + bool(rest and not whole_batches and not self._sampler.drop_last)
 
 
@@ -103,4 +130,7 @@ def _reason(loader: Any) -> str:
         return f"the training data is no DataLoader but a `{type(loader).__name__}`"
     if loader.batch_sampler is None:
         return "the training loader has `batch_size=None`, so that its batches are made elsewhere"
-    return f"the training loader draws by a batch sampler of its own, `{type(loader.batch_sampler).__name__}`"
+    own = f"the training loader draws by a batch sampler of its own, `{type(loader.batch_sampler).__name__}`"
+    if draws_mergeably(loader):
+        return f"{own}, whose batches need not fit together (if they do, set `merge_batches=True`)"
+    return f"{own}, which does not tell the size and the number of its batches"

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_graddiv.batching.sampler import is_adaptable
+from lightning_graddiv.batching.sampler import draws_plainly
 
 
 def distinct_examples(loader: Any, batches: float, processes: int) -> int | None:
@@ -15,7 +15,7 @@ def distinct_examples(loader: Any, batches: float, processes: int) -> int | None
         batches: batches per epoch and process. In a fixed order, the examples after those are never seen.
         processes: the number of processes.
     """
-    if not is_adaptable(loader) or isinstance(loader.dataset, IterableDataset):
+    if not draws_plainly(loader) or isinstance(loader.dataset, IterableDataset):
         return None
     if processes > 1 and not isinstance(loader.batch_sampler.sampler, DistributedSampler):
         return None  # shared out by hand: whether the processes' data sets are parts or copies cannot be known

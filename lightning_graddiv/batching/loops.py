@@ -8,6 +8,7 @@ workers and re-reads the user's batch size; there is none to change a loader's l
 
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
+from itertools import count
 from operator import attrgetter
 from typing import Any
 
@@ -45,8 +46,8 @@ class TrainLoaderWatch:
 
     Args:
         trainer: the trainer; its fit loop is watched until :meth:`remove`.
-        on_loader: called with each final training loader (samplers injected), before its length is read; returns the
-            loader to use.
+        on_loader: called with each final training loader (samplers injected), and whether it is the first of several,
+            before its length is read; returns the loader to use.
         is_resized: whether batches have another size than the user's.
         on_epoch: called at each start of an epoch, before anybody's ``on_train_epoch_start`` and before the epoch's
             iterator is made (the first epoch's exists already), and once when the loaders are set up.
@@ -56,7 +57,7 @@ class TrainLoaderWatch:
         self,
         trainer: Any,
         *,
-        on_loader: Callable[[Any], Any],
+        on_loader: Callable[[Any, bool], Any],
         is_resized: Callable[[], bool],
         on_epoch: Callable[[], None],
     ) -> None:
@@ -66,7 +67,8 @@ class TrainLoaderWatch:
         def watched() -> None:
             before = trainer.fit_loop._combined_loader
             process = trainer.strategy.process_dataloader
-            trainer.strategy.process_dataloader = lambda loader: on_loader(process(loader))
+            order = count()
+            trainer.strategy.process_dataloader = lambda loader: on_loader(process(loader), next(order) == 0)
             interval = trainer.val_check_interval
             if is_resized() and isinstance(interval, int):  # Lightning refuses one that is longer than the epoch
                 trainer.val_check_interval = 1.0

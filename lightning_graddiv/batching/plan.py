@@ -25,23 +25,24 @@ class BatchPlan:
         """Examples per optimizer step."""
         return self.micro_batch_size * self.accumulate * self.world_size
 
-    def resized(self, batch_size: int, max_micro_batch_size: int) -> "BatchPlan | None":
+    def resized(self, batch_size: int, max_micro_batch_size: int, multiple_of: int = 1) -> "BatchPlan | None":
         """Return the plan of another effective batch size, with the largest micro-batch that divides it.
 
         Args:
             batch_size: the new effective batch size.
-            max_micro_batch_size: the most examples that one process takes at a time.
+            max_micro_batch_size: the most examples that one process takes at a time, at least ``multiple_of``.
+            multiple_of: every micro-batch is a multiple of it.
 
         Returns:
-            The plan; None if the processes cannot share the batch equally.
+            The plan; None if the processes cannot share the batch equally, in such multiples.
         """
-        share, rest = divmod(batch_size, self.world_size)
-        if rest or share < 1:
+        items, rest = divmod(batch_size, self.world_size * multiple_of)
+        if rest or items < 1:
             return None
-        accumulate = -(-share // max_micro_batch_size)
-        while share % accumulate:
+        accumulate = -(-items // (max_micro_batch_size // multiple_of))
+        while items % accumulate:
             accumulate += 1
-        return BatchPlan(share // accumulate, accumulate, self.world_size)
+        return BatchPlan(items // accumulate * multiple_of, accumulate, self.world_size)
 
     def accumulated(self, batch_size: int) -> "BatchPlan | None":
         """Return the plan of another effective batch size with the same micro-batch; None if it is no multiple."""

@@ -10,7 +10,7 @@ from lightning_graddiv.batching.accumulation import every
 from lightning_graddiv.batching.adoption import AdoptedLoader
 from lightning_graddiv.batching.plan import BatchPlan
 from lightning_graddiv.batching.progress_bar import show_epoch_end
-from lightning_graddiv.batching.sampler import Pass, Window
+from lightning_graddiv.batching.sampler import Pass, Window, drawn_batch_size
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class BatchResizer:
         trainer: the trainer, before its loaders are set up.
         max_batch_size: the largest effective batch size, at least the one that training starts with.
         max_micro_batch_size: the most examples that one process takes at a time; None for the default.
+        merge_batches: micro-batches may be merged of those of a batch sampler of the user's.
 
     Attributes:
         base: the plan that the user's loader and trainer make; None before that is known.
@@ -51,7 +52,9 @@ class BatchResizer:
         window: the micro-batches of the optimizer step that is under way.
     """
 
-    def __init__(self, trainer: Any, *, max_batch_size: int, max_micro_batch_size: int | None) -> None:
+    def __init__(
+        self, trainer: Any, *, max_batch_size: int, max_micro_batch_size: int | None, merge_batches: bool
+    ) -> None:
         self.base: BatchPlan | None = None
         self.plan = BatchPlan(1)
         self._missing = loops.missing_privates(trainer, is_set_up=False)
@@ -59,6 +62,7 @@ class BatchResizer:
         self._trainer = trainer
         self._max_batch_size = max_batch_size
         self._max_micro_batch_size = max_micro_batch_size
+        self._merge_batches = merge_batches
         self._accumulate = trainer.accumulate_grad_batches
         self._loader = AdoptedLoader(None)
         self._is_running = False
@@ -105,15 +109,15 @@ class BatchResizer:
             batch_size: to go on with, after a checkpoint; None for the loader's own.
 
         Raises:
-            MisconfigurationException: it starts with larger batches than allowed, with several loaders, or after a
-                checkpoint of batches that these processes cannot make.
+            MisconfigurationException: it starts with larger batches than allowed, with several loaders of different
+                batch sizes, or after a checkpoint of batches that these processes cannot make.
         """
         self._missing = self._missing or loops.missing_privates(self._trainer, is_set_up=True)
         if self._missing:
             self._stop_watching()
-            self._loader = AdoptedLoader(loops.single_train_loader(self._trainer), keeps=True)
+            self._loader = AdoptedLoader(loops.single_train_loader(self._trainer), keeps="nothing else is followed")
             self._begin()
-        self._refuse_several_loaders()
+        self._refuse_loaders_of_several_sizes()
         self._is_running = True
         if self._loader.is_followed and loops.is_begun(self._trainer):
             self._begun = loops.running_pass(self._trainer)  # nobody knows which of its windows is under way
@@ -204,8 +208,15 @@ class BatchResizer:
             self._watch.remove()
             self._watch = None
 
-    def _adopt(self, loader: Any) -> Any:
-        self._loader = AdoptedLoader(loader, limit=self._trainer.limit_train_batches)
+    def _adopt(self, loader: Any, is_first: bool) -> Any:
+        if not is_first:
+            self._loader.lets_go()  # the first of several goes on as the user's
+        self._loader = AdoptedLoader(
+            loader,
+            keeps=None if is_first else "there are several training loaders, each of which gives a part of a batch",
+            merges=self._merge_batches,
+            limit=self._trainer.limit_train_batches,
+        )
         if not self._is_running:
             self._begin()
         self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))
@@ -218,18 +229,18 @@ class BatchResizer:
         self.plan = self._coming = self.base or BatchPlan(1, self._accumulate, self._trainer.world_size)
 
     def _epoch_is_about_to_start(self) -> None:
-        self._refuse_several_loaders()
+        self._refuse_loaders_of_several_sizes()
         self._is_new_epoch = True
         self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))
         if self._is_running and self._is_grown(self._coming) and not loops.goes_on_with_an_epoch(self._trainer):
             self._trainer.accumulate_grad_batches = self._coming.accumulate  # counted from the epoch's start again
 
-    def _refuse_several_loaders(self) -> None:
-        loaders = loops.train_loaders(self._trainer)
-        if len(loaders) > 1:
+    def _refuse_loaders_of_several_sizes(self) -> None:
+        sizes = [drawn_batch_size(loader) for loader in loops.train_loaders(self._trainer)]
+        if len(sizes) > 1 and (None in sizes or len(set(sizes)) > 1):
             raise MisconfigurationException(
-                f"Expected one training loader but got {len(loaders)}: with several, the size of a batch has no single "
-                "meaning that could be grown."
+                f"Expected training loaders of one batch size, so that an example is one of each, but got {sizes}. Give "
+                "all of them the same `batch_size`."
             )
 
     def _go_on_with(self, batch_size: int | None) -> None:
@@ -265,7 +276,8 @@ class BatchResizer:
     def _plan_of(self, batch_size: int) -> BatchPlan:
         base, is_adaptable = self.known_base, self._loader.is_adaptable
         limit = self._micro_batch_limit(base)
-        plan = base.resized(batch_size, limit) if is_adaptable else base.accumulated(batch_size)
+        item_size = self._loader.item_size
+        plan = base.resized(batch_size, limit, item_size) if is_adaptable else base.accumulated(batch_size)
         if plan is None:
             raise MisconfigurationException(
                 f"An effective batch of {batch_size} examples cannot be shared equally by {base.world_size} "
@@ -284,6 +296,8 @@ class BatchResizer:
 
     def _epoch_of(self, plan: BatchPlan, *, whole_batches: bool = False) -> float:
         """Return the number of micro-batches of an epoch; of whole ones only, if wanted."""
+        if not self._loader.is_adaptable:
+            return float(self._trainer.num_training_batches)
         batches = self._loader.batches(plan, whole_batches=whole_batches)
         return loops.limited(batches, self._trainer.limit_train_batches)
 

@@ -1,7 +1,7 @@
 """A batch sampler that draws whole accumulation windows, and whose sizes may change in the middle of a pass."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ class Window:
     sizes: tuple[int, ...]
 
 
-class Pass(Iterator[list[int]]):
+class Pass(Iterator[Any]):
     """One pass over the data, window by window.
 
     Attributes:
@@ -43,23 +43,24 @@ class Pass(Iterator[list[int]]):
         self._sampler = sampler
         self._splits_tail = sampler.splits_tail
         self._total = sized_len(sampler.counted)
-        self._examples = 0
+        self._items_taken = 0
         self._open: deque[int] = deque()
         self._change: tuple[BatchPlan, int] | None = None
-        self._indices: Iterator[int] | None = None
+        self._items: Iterator[Any] | None = None
 
-    def __next__(self) -> list[int]:
+    def __next__(self) -> Any:
         """Return the indices of the next micro-batch."""
-        if self._indices is None:  # not before: samplers take their random numbers here
-            self._indices = iter(self._sampler.sampler)
+        if self._items is None:  # not before: samplers take their random numbers here
+            self._items = iter(self._sampler.source)
         if not self._open:
             self._open_window()
-        size = self._open.popleft()
-        batch = list(islice(self._indices, size))
-        if not batch or (len(batch) < size and self._sampler.drop_last):
+        wanted = self._open.popleft() // self._sampler.item_size
+        items = list(islice(self._items, wanted))
+        if not items or (len(items) < wanted and self._sampler.drop_last):
             raise StopIteration
+        batch = _merged(items) if self._sampler.merges else items
         self.emitted += 1
-        self._examples += len(batch)
+        self._items_taken += len(items)
         if self._sampler.records:
             self.drawn.append(len(batch))
         return batch
@@ -74,7 +75,8 @@ class Pass(Iterator[list[int]]):
         if self._total is None:
             return None
         windows_between = (at - self.boundary) * self.plan.micro_batch_size
-        return max(0, self._total - self._examples - sum(self._open) - windows_between)
+        not_drawn = (self._total - self._items_taken) * self._sampler.item_size
+        return max(0, not_drawn - sum(self._open) - windows_between)
 
     def batches_left(self, plan: BatchPlan, at: int) -> int | None:
         """Return how many micro-batches of ``plan`` the examples from micro-batch ``at`` on make; None for a stream."""
@@ -101,36 +103,51 @@ class Pass(Iterator[list[int]]):
             return [size] * count
         if self._sampler.drop_last:
             return [size] * max(1, left // size)
-        batches = -(-left // size)
-        return [left // batches + (i < left % batches) for i in range(batches)]
+        batches, item = -(-left // size), self._sampler.item_size
+        items = left // item
+        return [item * (items // batches + (i < items % batches)) for i in range(batches)]
 
 
-class AdaptiveBatchSampler(Sampler[list[int]]):
+class AdaptiveBatchSampler(Sampler[Any]):
     """Draws what ``torch.utils.data.BatchSampler`` draws, until its plan changes.
 
-    It runs in the main process also when workers load the data, so that a new size needs no message to them. It takes
-    no random numbers of its own: with an unchanged size, training is bit-identical.
+    It can also merge the batches of another batch sampler, several to one. It runs in the main process also when
+    workers load the data, so that a new size needs no message to them. It takes no random numbers of its own: with an
+    unchanged size, training is bit-identical.
 
     Args:
-        sampler: yields indices; its length may be unknown.
-        batch_size: examples per batch, at least 1.
+        source: yields indices; its length may be unknown. If ``merges``: yields batches, each a list of indices.
+        batch_size: examples per batch, at least 1; of ``source`` if ``merges``.
         drop_last: leave out a last batch that is not full.
-        counted: its length is the number of examples of a pass; None: that of the sampler.
+        counted: its length is the number of items of a pass; None: that of ``source``.
         records: keep what was drawn until the trainer takes it; see :class:`Pass`.
+        merges: ``source`` is a batch sampler. What else is asked of this one is asked of that.
 
     Attributes:
         plan: of the passes to come.
         splits_tail: whether those share out the examples of an epoch's last window equally.
         batch_size: examples in a micro-batch that is not the last, as it is trained on now.
+        item_size: examples in an item of ``source`` that is not the last.
         trained_on: examples in the micro-batch that is trained on now; None where that is not known.
         latest: the pass begun last; None before the first.
     """
 
     def __init__(
-        self, sampler: Iterable[int], batch_size: int, drop_last: bool, *, counted: Any = None, records: bool = False
+        self,
+        source: Iterable[Any],
+        batch_size: int,
+        drop_last: bool,
+        *,
+        counted: Any = None,
+        records: bool = False,
+        merges: bool = False,
     ) -> None:
-        self.sampler = sampler
-        self.counted = sampler if counted is None else counted
+        if not merges:
+            self.sampler = source
+        self.source = source
+        self.merges = merges
+        self.item_size = batch_size if merges else 1
+        self.counted = source if counted is None else counted
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.records = records
@@ -138,6 +155,12 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         self.splits_tail = False
         self.trained_on: int | None = None
         self.latest: Pass | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Be also what the user's batch sampler is: its sampler, its ``set_epoch``."""
+        if name.startswith("__") or not vars(self).get("merges"):
+            raise AttributeError(f"`{type(self).__name__}` has no attribute `{name}`")
+        return getattr(self.source, name)
 
     def __iter__(self) -> Pass:
         """Begin a pass."""
@@ -148,17 +171,25 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         """Return the number of micro-batches of a whole pass by the present plan.
 
         Raises:
-            TypeError: the sampler has no length.
+            TypeError: the source has no length.
         """
-        return _batches(len(self.sampler), self.plan.micro_batch_size, self.drop_last)  # type: ignore[arg-type]
+        examples = len(self.source) * self.item_size  # type: ignore[arg-type]
+        return _batches(examples, self.plan.micro_batch_size, self.drop_last)
 
 
-def is_adaptable(loader: Any) -> bool:
-    """Tell whether the loader draws batches by a plain batch sampler."""
-    return isinstance(loader, DataLoader) and type(loader.batch_sampler) in (
-        BatchSampler,
-        AdaptiveBatchSampler,
-    )
+def draws_plainly(loader: Any) -> bool:
+    """Tell whether the loader makes each batch of the next indices of a sampler."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    is_ours = isinstance(batch_sampler, AdaptiveBatchSampler) and not batch_sampler.merges
+    return isinstance(loader, DataLoader) and (is_ours or type(batch_sampler) is BatchSampler)
+
+
+def draws_mergeably(loader: Any) -> bool:
+    """Tell whether the loader draws by another batch sampler, that says the size and the number of its batches."""
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None or draws_plainly(loader):
+        return False
+    size = drawn_batch_size(loader)
+    return size is not None and size > 0 and sized_len(loader.batch_sampler) is not None
 
 
 def is_followed(loader: Any) -> bool:
@@ -202,3 +233,9 @@ def _batch_sampler(loader: Any) -> Any:
 def _batches(examples: int, size: int, drop_last: bool) -> int:
     batches, rest = divmod(examples, size)
     return batches + bool(rest and not drop_last)
+
+
+def _merged(batches: list[Any]) -> Any:
+    """Return one batch of all examples; a single batch as it is."""
+    is_single = len(batches) == 1 and isinstance(batches[0], Sized)
+    return batches[0] if is_single else [index for batch in batches for index in batch]

@@ -64,6 +64,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`. A parameter group
             may have its own, under the key ``"scale_lr"``.
         warm_in: optimizer steps over which the learning rate reaches a new factor, in equal parts; 0: at once.
+        merge_batches: where the loader draws by a batch sampler of its own, merge several of its batches to one larger
+            micro-batch. Only if its data set's examples can be collated across its batches. False: there accumulation
+            alone grows.
         stability: a second cap, for near a minimum B_S grows without limit: a :class:`.DifferentialDiversityMonitor`
             of the same trainer. The batch grows only if the learning rate that it would have then is at most the lower
             end of what that finds stable.
@@ -71,7 +74,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: at the start of ``fit``, where the monitor refuses; ``max_batch_size`` below the
-            starting effective batch size; several training loaders; processes with batches of different sizes; a
+            starting effective batch size; several training loaders of different batch sizes; processes with batches of different sizes; a
             ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside; a ``stability`` monitor that
             is not among the trainer's callbacks.
 
@@ -102,6 +105,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         cooldown: int = 8,
         scale_lr: LearningRateRule = "auto",
         warm_in: int = 4,
+        merge_batches: bool = False,
         stability: DifferentialDiversityMonitor | None = None,
     ) -> None:
         self._scale = LearningRateScale(scale_lr, warm_in)
@@ -122,6 +126,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self.max_micro_batch_size = max_micro_batch_size
         self.cooldown = cooldown
         self.scale_lr = scale_lr
+        self.merge_batches = merge_batches
         self.stability = stability
 
     @override
@@ -154,7 +159,10 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         if self.stability is not None:
             require_among_callbacks(trainer, self.stability, "stability")
         self._resizer = BatchResizer(
-            trainer, max_batch_size=self.max_batch_size, max_micro_batch_size=self.max_micro_batch_size
+            trainer,
+            max_batch_size=self.max_batch_size,
+            max_micro_batch_size=self.max_micro_batch_size,
+            merge_batches=self.merge_batches,
         )
 
     @override

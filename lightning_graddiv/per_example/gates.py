@@ -16,6 +16,9 @@ _through_sigmoid = torch.ops.aten.sigmoid_backward.default
 
 _through_tanh = torch.ops.aten.tanh_backward.default
 
+_sigmoid_slope_into = torch.ops.aten.sigmoid_backward.grad_input
+_tanh_slope_into = torch.ops.aten.tanh_backward.grad_input
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -49,12 +52,14 @@ class Scan:
         return x, h
 
     def sum(self, gates: int) -> Tensor:
-        """Return the sum of both sides, shape (T, n, g, H)."""
+        """Return the sum of both sides, shape (T, n, g, H), in the order in which the inputs lie in memory."""
         of_input, of_hidden, *biases = self.weights
-        both: Tensor = _product(self.inputs, of_input, *([biases[0] + biases[1]] if biases else []))
-        both.flatten(0, 1).addmm_(self.before.flatten(0, 1), of_hidden.T)
+        is_turned = not self.inputs.is_contiguous()  # as where the batch comes first
+        x, h = (values.transpose(0, 1) if is_turned else values for values in (self.inputs, self.before))
+        both: Tensor = _product(x, of_input, *([biases[0] + biases[1]] if biases else []))
+        both.flatten(0, 1).addmm_(h.flatten(0, 1), of_hidden.T)
         by_gate: Tensor = both.unflatten(-1, (gates, -1))
-        return by_gate
+        return by_gate.transpose(0, 1) if is_turned else by_gate
 
     def back(self, gate_gradients: Tensor, position: int) -> Tensor:
         """Return the gradient of h at the position before, from outside of the layer and through the gates."""
@@ -70,32 +75,34 @@ def _product(values: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
 
 
 def lstm_gates(scan: Scan) -> tuple[Tensor, Tensor]:
-    """``c_t = f c_{t-1} + i g``, ``h_t = o tanh(c_t)``."""
+    """``c_t = f c_{t-1} + i g``, ``h_t = o tanh(c_t)``.
+
+    Where the gates were, their slopes come to lie, and then their gradients: no more memory is used than for both.
+    """
     gates = scan.sum(4)
-    gates[:, :, :2].sigmoid_()
-    i, f, g, o = gates[:, :, 0], gates[:, :, 1], gates[:, :, 2].tanh_(), gates[:, :, 3].sigmoid_()
-    cells = [scan.cell]
-    for added, kept in zip((i * g).unbind(0), f.unbind(0), strict=True):
-        cells.append(torch.addcmul(added, kept, cells[-1]))
-    squashed = torch.stack(cells[1:]).tanh_()
+    gates[:, :, 2].mul_(2)
+    gates.sigmoid_()  # of all at once: tanh(x) = 2 sigmoid(2x) - 1
+    i, f, g, o = gates.unbind(2)
+    g.mul_(2).sub_(1)
+    cells = torch.cat([scan.cell[None], i * g])
+    for before, after, kept in zip(cells[:-1], cells[1:], f, strict=True):
+        after.addcmul_(kept, before)
+    kept, squashed = f.clone(), cells[1:].tanh()
     to_cell = _through_tanh(o, squashed)
-    slopes = torch.stack(
-        [
-            _through_sigmoid(g, i),
-            _through_sigmoid(torch.stack(cells[:-1]), f),
-            _through_tanh(i, g),
-            _through_sigmoid(squashed, o),
-        ],
-        2,
-    )
+    _sigmoid_slope_into(squashed, o, grad_input=o)
+    _sigmoid_slope_into(cells[:-1], f, grad_input=f)
+    of_input_gate = _through_sigmoid(g, i)
+    _tanh_slope_into(i, g, grad_input=g)
+    i.copy_(of_input_gate)
     of_hidden, of_cell = scan.of_hidden, scan.of_cell
-    for t in reversed(range(len(slopes))):
+    before_cell, after_cell = gates[:, :, :3].unbind(0), o.unbind(0)
+    for t in reversed(range(len(gates))):
         of_cell = torch.addcmul(of_cell, of_hidden, to_cell[t])
-        slopes[t, :, :3].mul_(of_cell.unsqueeze(1))
-        slopes[t, :, 3].mul_(of_hidden)
+        before_cell[t].mul_(of_cell.unsqueeze(1))
+        after_cell[t].mul_(of_hidden)
         if t > 0:
-            of_hidden, of_cell = scan.back(slopes[t], t), of_cell * f[t]
-    found = slopes.flatten(2)
+            of_hidden, of_cell = scan.back(gates[t], t), of_cell * kept[t]
+    found = gates.flatten(2)
     return found, found
 
 

@@ -222,9 +222,11 @@ class _Stack:
         own = slice(direction * units, (direction + 1) * units)
         after = _turned(self._values[depth + 1][..., own], direction)
         of_outputs = _turned(of_output[..., own], direction)
+        before = torch.empty_like(after)  # which keeps the order in memory
+        before[0], before[1:] = self._states[0][index], after[:-1]
         return Scan(
             inputs=_turned(self._values[depth], direction),
-            before=torch.cat([self._states[0][index][None], after[:-1]]),
+            before=before,
             after=after,
             cell=self._states[-1][index],
             weights=self._weights_of(index),

@@ -36,3 +36,9 @@ def test_accumulated_keeps_the_micro_batch():
 def test_processes_cannot_share_what_does_not_divide():
     assert BatchPlan(4, 1, 3).resized(16, 64) is None
     assert BatchPlan(4, 1, 3).resized(0, 64) is None
+
+
+def test_micro_batches_may_have_to_be_multiples():
+    assert BatchPlan(6, 1, 2).resized(96, 20, multiple_of=6) == BatchPlan(12, 4, 2)  # 8 of 6 for each: 2 at a time
+    assert BatchPlan(6, 1, 2).resized(96, 2**62, multiple_of=6) == BatchPlan(48, 1, 2)
+    assert BatchPlan(6, 1, 2).resized(100, 64, multiple_of=6) is None

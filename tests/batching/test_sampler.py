@@ -7,9 +7,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from lightning_graddiv.batching.plan import BatchPlan
 from lightning_graddiv.batching.sampler import (
     AdaptiveBatchSampler,
+    draws_mergeably,
+    draws_plainly,
     drawn_batch_size,
     drawn_examples,
-    is_adaptable,
     is_followed,
 )
 
@@ -117,11 +118,77 @@ def test_follows_only_batches_that_arrive_as_they_were_drawn():
     assert not is_followed(Own(range(10), 4))
 
 
-def test_only_plain_batch_samplers_are_replaced():
-    class Own(BatchSampler):
-        pass
+class Own(BatchSampler):
+    """Draws as it likes; here backwards."""
 
-    assert is_adaptable(DataLoader(range(10), 4))
-    assert not is_adaptable(DataLoader(range(10), batch_sampler=Own(RandomSampler(range(10)), 4, False)))
-    assert not is_adaptable(DataLoader(range(10), batch_size=None))
-    assert not is_adaptable([1, 2, 3])
+    epoch = 0
+
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def test_tells_plain_batch_samplers_from_those_whose_batches_could_be_merged():
+    class Unsized(Own):
+        def __len__(self):
+            raise TypeError
+
+    def kinds(loader):
+        return draws_plainly(loader), draws_mergeably(loader)
+
+    assert kinds(DataLoader(range(10), 4)) == (True, False)
+    assert kinds(DataLoader(range(10), batch_sampler=Own(RandomSampler(range(10)), 4, False))) == (False, True)
+    assert kinds(DataLoader(range(10), batch_sampler=Unsized(RandomSampler(range(10)), 4, False))) == (False, False)
+    assert kinds(DataLoader(range(10), batch_sampler=[[0, 1], [2]])) == (False, False)  # of what size?
+    assert kinds(DataLoader(range(10), batch_size=None)) == (False, False)
+    assert kinds([1, 2, 3]) == (False, False)
+
+
+class TestMerging:
+    """Of 11 batches of 2, the first of which holds one example: 20; 19, 18; ..."""
+
+    def sampler(self, drop_last=False, **kwargs):
+        return AdaptiveBatchSampler(Own(range(21), 2, False), 2, drop_last, merges=True, records=True, **kwargs)
+
+    def test_an_unchanged_size_draws_the_very_same_batches(self):
+        batches = [[0, 1], (2, 3), torch.tensor([4, 5])]
+        drawn = list(AdaptiveBatchSampler(batches, 2, False, merges=True))
+        assert all(ours is theirs for ours, theirs in zip(drawn, batches, strict=True))
+        assert len(self.sampler()) == 11
+
+    @pytest.mark.parametrize("drop_last", [False, True])
+    def test_a_larger_micro_batch_holds_several_batches(self, drop_last):
+        sampler = self.sampler(drop_last)
+        sampler.plan = BatchPlan(6)
+        drawn = list(sampler)
+        assert drawn[:3] == [[20, 18, 19, 16, 17], [14, 15, 12, 13, 10, 11], [8, 9, 6, 7, 4, 5]]
+        assert drawn[3:] == ([] if drop_last else [[2, 3, 0, 1]])
+        assert len(sampler) == len(drawn)
+
+    def test_the_last_window_is_split_between_whole_batches(self):
+        sampler = self.sampler()
+        running = iter(sampler)
+        assert [next(running) for _ in range(2)] == [[20], [18, 19]]
+        assert running.left(2) == 18
+        assert running.batches_left(BatchPlan(4, 4), 2) == 5
+        running.change(BatchPlan(4, 4), 2)
+        assert [len(batch) for batch in running] == [4, 4, 4, 4, 2]
+        sampler.plan, sampler.splits_tail = BatchPlan(6, 4), True  # 22 examples at most, where 24 make a window
+        assert [len(batch) for batch in sampler] == [5, 6, 6, 4]
+
+    def test_examples_are_counted_as_they_are_drawn(self):
+        running = iter(self.sampler())
+        list(running)
+        assert list(running.drawn) == [1] + [2] * 10
+
+    def test_what_else_is_asked_of_it_is_asked_of_the_users(self):
+        sampler = self.sampler()
+        sampler.set_epoch(3)
+        assert sampler.epoch == sampler.source.epoch == 3
+        assert sampler.sampler == range(21)
+        with pytest.raises(AttributeError, match="nonsense"):
+            _ = sampler.nonsense
+        with pytest.raises(AttributeError, match="no attribute `epoch`"):
+            _ = AdaptiveBatchSampler(range(8), 2, False).epoch

@@ -3,11 +3,14 @@
 The audit device shows with which weight each example entered which optimizer step.
 """
 
+import warnings
+
 import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, RichProgressBar
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor
@@ -130,7 +133,8 @@ def test_t4_an_epoch_that_became_shorter_validates_and_ends_as_epochs_do(drop_la
     assert all(int(of_epoch.max()) == 1 for of_epoch in seen)
     if not drop_last:
         assert_every_epoch_whole(module)
-    assert trainer.num_training_batches == len(trainer.train_dataloader)
+    assert trainer.num_training_batches == (3 if drop_last else 4)
+    assert len(trainer.train_dataloader) == (15 if drop_last else 16)  # the user's again
 
 
 def test_t4_an_epoch_whose_rest_makes_no_new_batch_goes_on_with_the_old_ones():
@@ -292,15 +296,16 @@ def test_t25_a_sized_stream_has_the_length_of_its_new_batches():
 
     class Look(Callback):
         def on_train_epoch_end(self, trainer, *_):
-            lengths.append((trainer.num_training_batches, trainer.fit_loop.epoch_loop.batch_progress.current.ready))
+            taken = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            lengths.append((trainer.num_training_batches, taken, len(trainer.train_dataloader)))
 
     train = DataLoader(SizedStream(), 4)
     module, trainer = fit(adaptive(max_batch_size=16), train=train, val=held_out(), callbacks=[Look()])
     assert module.validations == [0, 1, 2]
     assert_every_epoch_whole(module)
-    assert all(expected == taken for expected, taken in lengths)
-    assert lengths[-1] == (4, 4)
-    assert len(trainer.train_dataloader) == 4
+    assert all(expected == taken for expected, taken, _ in lengths)
+    assert lengths[-1] == (4, 4, 4)
+    assert len(trainer.train_dataloader) == 16  # the user's again
 
 
 def test_t26_steps_are_counted_by_the_callback_and_what_is_not_finite_is_dropped():
@@ -359,6 +364,94 @@ class Forever:
 
 class Pairs(BatchSampler):
     """Not a plain BatchSampler: what it does cannot be known."""
+
+
+class Shuffled(BatchSampler):
+    """Draws its batches in another order each time, and none twice."""
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        return iter([batches[i] for i in torch.randperm(len(batches))])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_r14_batches_of_another_sampler_are_merged_where_they_may_be(workers):
+    train = DataLoader(one_hot(EXAMPLES), batch_sampler=Shuffled(range(EXAMPLES), 4, False), num_workers=workers)
+    callback = adaptive(max_micro_batch_size=12, max_batch_size=16, merge_batches=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*AdaptiveBatchSize")
+        module, trainer = fit(callback, train=train)
+    assert set(module.micro_batches) == {4, 8}  # 12 does not divide 16 among equals
+    assert [g.to_batch_size for g in callback.history] == [8, 16]
+    assert callback.history[0].epoch == 0
+    assert callback.examples_seen == 3 * EXAMPLES
+    assert_every_epoch_whole(module)
+    for step in module.steps:
+        together = step.view(-1, 4) > 0
+        assert torch.equal(together.any(1), together.all(1))  # their batches are whole
+    assert type(train.batch_sampler) is Shuffled
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_several_loaders_of_one_batch_size_grow_by_accumulation(mode):
+    class Both(AuditModule):
+        def training_step(self, batch, batch_idx):
+            if batch["b"] is None:  # that loader has ended
+                return super().training_step(batch["a"], batch_idx)
+            return super().training_step(batch["a"], batch_idx) + 0 * batch["b"][0].sum()
+
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch["a"], batch_idx)
+
+    loaders = {"a": loader(EXAMPLES, 4), "b": loader(EXAMPLES // 2, 4)}
+    callback = adaptive()
+    with warned("gradient accumulation only, because there are several training loaders") as messages:
+        module, trainer = fit(callback, module=Both(EXAMPLES), train=CombinedLoader(loaders, mode))
+    assert len(messages) == 1
+    assert set(module.micro_batches) == {4}
+    assert callback.batch_size == 32
+    assert trainer.num_training_batches == (8 if mode == "min_size" else 16)
+    for epoch in range(3):
+        steps = torch.stack(module.steps_of(epoch))
+        torch.testing.assert_close(steps.sum(1), torch.ones(len(steps)))
+        assert int((steps > 0).sum()) == (EXAMPLES // 2 if mode == "min_size" else EXAMPLES)
+    for one in trainer.train_dataloader.values():
+        sampler = one.batch_sampler
+        assert getattr(sampler, "latest", None) is None or not sampler.latest.drawn  # nobody would take it
+
+
+def test_a_combined_loader_draws_the_users_batches_again_after_fit():
+    combined = CombinedLoader(loader(EXAMPLES, 4), "min_size")
+    callback = adaptive()
+    fit(callback, train=combined)
+    assert callback.batch_size == 32
+    assert [len(batch[0]) for batch, *_ in iter(combined)] == [4] * 16
+    again = adaptive(max_batch_size=8)
+    module, _ = fit(again, train=combined, epochs=1)
+    assert again.history[0].from_batch_size == 4
+    assert_every_epoch_whole(module, 1)
+
+
+def test_growth_reaches_persistent_workers_that_the_user_has_begun_with():
+    train = loader(EXAMPLES, 4, num_workers=2, persistent_workers=True)
+    next(iter(train))
+    module, _ = fit(adaptive(max_batch_size=16), train=train)
+    assert sizes(module.steps_of(2)) == [16] * 4
+    assert 16 in module.micro_batches
+    assert_every_epoch_whole(module)
+    assert [len(batch[0]) for batch in train] == [4] * 16
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_growth_reaches_workers_that_a_tuner_has_begun_with(persistent, tmp_path):
+    """They draw from the sampler that they were started with."""
+    train = CombinedLoader(loader(EXAMPLES, 4, num_workers=2, persistent_workers=persistent), "min_size")
+    finder = LearningRateFinder(min_lr=1e-3, max_lr=1e-2, num_training_steps=3)
+    module = AuditModule(EXAMPLES)
+    callback = adaptive(cooldown=4, max_batch_size=16)
+    fit(callback, module=module, train=train, callbacks=[finder], default_root_dir=tmp_path)
+    assert callback.batch_size == 16
+    assert module.micro_batches[-4:] == [16] * 4
 
 
 def r14_loaders():

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_graddiv import GradientDiversityMonitor
-from tests.audit import warned
+from tests.audit import ScaledInFull, warned
 from tests.in_band import (
     Collector,
     Convolutional,
@@ -84,15 +84,8 @@ def test_with_a_gradient_scaler():
 
 
 def test_the_scalers_factor_itself_costs_no_digit():
-    """The same scaler over a step in float32."""
-
-    class InFull(MixedPrecision):
-        def autocast_context_manager(self):
-            return torch.autocast("cpu", enabled=False)
-
     module = Witness(Convolutional())
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    monitor = trained(module, plugins=[InFull("16-mixed", "cpu", scaler)], accumulate_grad_batches=3)
+    monitor = trained(module, plugins=[ScaledInFull()], accumulate_grad_batches=3)
     assert worst_error(monitor.probes, module) < EXACT
 
 

@@ -34,7 +34,9 @@ def assert_idle_changes_nothing(corner: Corner, folder):
 
 def assert_growth_loses_nothing(corner: Corner, folder):
     plain, _ = train(corner, folder)
-    callback = AdaptiveBatchSize(every_n_steps=1, max_batch_size=16, max_micro_batch_size=8, delta=1.0, cooldown=4)
+    callback = AdaptiveBatchSize(
+        every_n_steps=1, max_batch_size=16, max_micro_batch_size=8, delta=1.0, cooldown=4, merge_batches=True
+    )
     grown, trainer = train(corner, folder, callback)
     if corner.limit != "fast_dev_run":
         assert callback.history

@@ -23,7 +23,7 @@ from lightning_graddiv import (
     theory,
 )
 from lightning_graddiv.callbacks.quantized import quantized_mean
-from tests.audit import AuditModule, loader, quiet_trainer, warned
+from tests.audit import AuditModule, ScaledInFull, loader, quiet_trainer, warned
 from tests.in_band import Collector
 
 MECHANISMS = {
@@ -376,6 +376,26 @@ class TestEach:
         later.fit(resumed, DataLoader(TensorDataset(*rows(48)), 8), ckpt_path=tmp_path / "one.ckpt")
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
         assert torch.equal(torch.stack(whole.gradients[6:]), torch.stack(resumed.gradients))
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("name", MECHANISMS)
+    def test_a_gradient_scaler_changes_no_bit(self, name, fused):
+        """A fused optimizer takes gradients that are still scaled."""
+
+        class Single(Regression):
+            def training_step(self, batch, batch_idx):
+                return super().training_step([part.float() for part in batch], batch_idx)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.05, fused=fused)
+
+        ends = []
+        for plugins in ([], [ScaledInFull()]):
+            module = Single()
+            module.net.float()
+            fit(module, DataLoader(TensorDataset(*rows(48)), 8), MECHANISMS[name](), plugins=plugins)
+            ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+        assert torch.equal(*ends)
 
     @pytest.mark.parametrize("name", MECHANISMS)
     def test_another_seed_is_another_run_and_the_same_one_the_same(self, name):
