@@ -34,8 +34,8 @@ test-conformance: $(STAMP) ## hold per-example gradients against every layer of 
 
 # Only Lightning and torchmetrics differ: they lie in a folder of their own, which comes first on the path.
 test-lightning: $(STAMP) $(OLDEST)/installed ## run the core against the oldest and the newest supported Lightning
-	PYTHONPATH=$(OLDEST) $(RUN) -m pytest $(CORE) $(ARGS)
-	$(RUN) -m pytest $(CORE) $(ARGS)
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(CORE) $(ARGS)
+	$(PYTEST) $(CORE) $(ARGS)
 
 coverage: $(STAMP) ## run the fast tests and list the lines that none of them reaches
 	$(PYTEST) --cov $(ARGS)
