@@ -94,7 +94,8 @@ class Backwards(BatchSampler):
     """Another batch sampler than torch's, whose batches may be merged."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        return reversed(list(super().__iter__()))
+        *batches, last = super().__iter__()
+        return iter([*reversed(batches), last])
 
 
 class Stream(IterableDataset):

@@ -134,16 +134,14 @@ class Convolved(Contributions):
         return norms
 
     def _project(self, probe: Probe) -> Tensor:
-        """A direction of rank one is a kernel for each output channel, times that channel's number."""
+        """The shared right side of the directions is a kernel; what it sees weighs the output's gradients."""
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
         kernels = probe.right.unflatten(1, self.shape[1:]).repeat(self.groups, *[1] * (len(self.shape) - 1))
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
-        a = convolve(inputs, kernels, None, self.stride, self.padding, self.dilation, self.groups)
-        a = a.unflatten(1, (self.groups, -1)).flatten(3)  # (rows, g, p, positions)
+        seen = convolve(inputs, kernels, None, self.stride, self.padding, self.dilation, self.groups)
         b = output_gradients.unflatten(1, (self.groups, -1)).flatten(3)
-        left = probe.left.unflatten(1, (self.groups, -1)).transpose(0, 1)  # (g, p, out)
-        projections: Tensor = (a * (left @ b)).sum((0, 1, 3), dtype=torch.float64)
-        return projections
+        image = (b @ seen.flatten(2).unsqueeze(-1)).sum(0)  # (g, out, 1)
+        return probe.of_image(image.flatten())
 
     def _weight_gradient(self, inputs: Tensor, output_gradients: Tensor, rows: int) -> Tensor:
         shape = (rows * self.shape[0], *self.shape[1:])

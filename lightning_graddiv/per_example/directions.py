@@ -25,16 +25,20 @@ class Directions:
         parameters: all that are compared.
         seed: of the directions; another in every measurement.
         count: p, of directions.
+        share_right: whether those of a parameter share their right side; see :class:`.Probe`.
 
     Attributes:
         small: the parameters that can be handled together, by index.
         vectors: those of them that have one dimension.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], seed: int, count: int = DIRECTIONS) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], seed: int, count: int = DIRECTIONS, *, share_right: bool = True
+    ) -> None:
         self._parameters = list(parameters)
         self._seed = seed
         self._count = count
+        self._rights = 1 if share_right else count
         self.small = frozenset(i for i, p in enumerate(self._parameters) if _is_small(p, self._parameters[0]))
         self.vectors = frozenset(i for i in self.small if self._parameters[i].ndim == 1)
         self._probes: dict[int, Probe] = {}
@@ -45,7 +49,7 @@ class Directions:
             parameter, (start, middle, end) = self._parameters[index], self._places[index]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             numbers = self._numbers[:, start:end].to(parameter.device, dtype)
-            self._probes[index] = Probe(numbers[:, : middle - start], numbers[:, middle - start :])
+            self._probes[index] = Probe(numbers[:, : middle - start], numbers[: self._rights, middle - start :])
         return self._probes[index]
 
     def of(self, gradients: Mapping[int, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_graddiv.per_example.convolutions import convolution_weight
-from lightning_graddiv.per_example.factors import Contributions, Explicit, Lookup, Outer
+from lightning_graddiv.per_example.factors import Contributions, Explicit, Lookup, Outer, OutputGradients
 from lightning_graddiv.per_example.recurrent import (
     cell_parameters,
     has_known_gates,
@@ -180,13 +180,14 @@ def _first_if_batched(dimensions: int) -> Leading:
 def _linear(
     layer: nn.Linear, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
 ) -> dict[str, Contributions]:
-    b = arrange(output_gradients, output_gradients.ndim - 1)
+    b = arrange(output_gradients, output_gradients.ndim - 1).unsqueeze(1)
     found: dict[str, Contributions] = {}
+    shared = OutputGradients(b) if b.shape[2] == 1 else None
     if _wants(layer.weight):
         a = arrange(inputs, inputs.ndim - 1)
-        found["weight"] = Outer(a.unsqueeze(1), b.unsqueeze(1), layer.weight.shape)
+        found["weight"] = Outer(a.unsqueeze(1), b, layer.weight.shape, shared)
     if _wants(layer.bias):
-        found["bias"] = Explicit(_over_positions(b))
+        found["bias"] = Explicit(_over_positions(b[:, 0]), shared)
     return found
 
 

@@ -72,8 +72,7 @@ class Ledger:
         if index in self._sq_norms or index in self._waiting:
             self.misses[index] = "it was used more often than before"
         elif self._is_compared_by_entries(index, contributions):
-            is_few = isinstance(contributions, Explicit) and contributions.values.numel() <= _FEW_NUMBERS
-            if is_few and index in self._directions.vectors:
+            if index in self._directions.vectors and _is_few(contributions):
                 self._waiting[index] = contributions.explicit()
             else:
                 self._sq_norms[index], self._sums[index] = contributions.norms_and_sum()
@@ -168,6 +167,12 @@ class Ledger:
         if index in self._sums:
             return self._directions.probe(index).of(self._sums[index])
         return self._projections.get(index)
+
+
+def _is_few(contributions: Contributions) -> bool:
+    """Tell whether contributions are so few that a call of their own would take longer than the work."""
+    is_explicit = isinstance(contributions, Explicit) and contributions.output_gradients is None
+    return is_explicit and contributions.explicit().numel() <= _FEW_NUMBERS
 
 
 _ZEROS = torch.zeros(DIRECTIONS, dtype=torch.float64)

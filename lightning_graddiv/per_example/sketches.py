@@ -57,7 +57,8 @@ class Sketcher:
     def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
         self._count = max(_FEWEST_PER_PARAMETER, math.ceil(_FEWEST_IN_ALL / max(1, len(parameters))))
         self._parameters = parameters
-        self._directions = Directions([real_view(parameter.detach()) for parameter in parameters], seed, self._count)
+        views = [real_view(parameter.detach()) for parameter in parameters]
+        self._directions = Directions(views, seed, self._count, share_right=False)
 
     def differentiated(self, loss: StepLoss, batch: Any) -> Sketch:
         """Return the sketch of a batch's gradient, in which each parameter's is let go of as soon as it is drawn.

@@ -442,6 +442,32 @@ def test_growth_reaches_persistent_workers_that_the_user_has_begun_with():
     assert [len(batch[0]) for batch in train] == [4] * 16
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_idle_with_persistent_workers_that_a_tuner_has_begun_with_changes_nothing(several, tmp_path):
+    """Whoever begins them anew draws one random number more."""
+
+    class First(AuditModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0] if several else batch, batch_idx)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            pass
+
+    seen = []
+    for every_n_steps in (None, 10**9):
+        torch.manual_seed(0)
+        loaders = [loader(EXAMPLES, 4, num_workers=2, persistent_workers=True) for _ in range(2)]
+        finder = LearningRateFinder(min_lr=1e-3, max_lr=1e-2, num_training_steps=3)
+        module, own = First(EXAMPLES), [] if every_n_steps is None else [adaptive(every_n_steps=every_n_steps)]
+        trainer = quiet_trainer(max_epochs=2, callbacks=[*own, finder], default_root_dir=tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*several training loaders")
+            trainer.fit(module, loaders if several else loaders[0])
+        seen.append((torch.stack(module.steps), torch.get_rng_state()))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[0][1], seen[1][1])
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_growth_reaches_workers_that_a_tuner_has_begun_with(persistent, tmp_path):
     """They draw from the sampler that they were started with."""

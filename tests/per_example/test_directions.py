@@ -25,7 +25,9 @@ def test_they_are_the_same_on_every_process_and_others_in_every_measurement():
         assert torch.equal(probe.left, same.left)
         assert torch.equal(probe.right, same.right)
         assert not torch.equal(probe.left, different.left)
-    numbers = torch.cat([torch.cat([p.left, p.right], 1) for p in map(first.probe, range(len(SHAPES)))], 1)
+        assert probe.right.shape[0] == 1
+    apart = Directions(parameters(), 1, share_right=False)
+    numbers = torch.cat([torch.cat([p.left, p.right], 1) for p in map(apart.probe, range(len(SHAPES)))], 1)
     assert len(numbers.unique()) > 0.999 * numbers.numel()  # none serves two parameters
 
 

@@ -80,13 +80,13 @@ def build(name, seed=0):
     return CASES[name]()
 
 
-def probe_of(shape, seed=1, dtype=torch.float64):
-    return Directions([torch.zeros(shape, dtype=dtype)], seed).probe(0)
+def probe_of(shape, seed=1, dtype=torch.float64, **kwargs):
+    return Directions([torch.zeros(shape, dtype=dtype)], seed, **kwargs).probe(0)
 
 
 def projected(probe, gradient):
     matrix = gradient.reshape(probe.left.shape[1], probe.right.shape[1])
-    return torch.stack([left @ matrix @ right for left, right in zip(probe.left, probe.right, strict=True)])
+    return torch.stack([left @ matrix @ right for left, right in zip(probe.left, probe.right.expand(4, -1), strict=True)])
 
 
 def assert_measures(contributions, formed):
