@@ -90,7 +90,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     def __init__(
         self,
-        every_n_steps: int = 50,
+        every_n_steps: int = 80,
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,

@@ -73,7 +73,7 @@ class GradientDiversityMonitor(Callback):
 
     Example::
 
-        trainer = Trainer(callbacks=[GradientDiversityMonitor(every_n_steps=50)])
+        trainer = Trainer(callbacks=[GradientDiversityMonitor(every_n_steps=80)])
         trainer.fit(model, train_loader)
 
     Attributes:
@@ -82,7 +82,7 @@ class GradientDiversityMonitor(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 50,
+        every_n_steps: int = 80,
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,
