@@ -103,7 +103,7 @@ CORNERS = (
     loader_matrix.Corner("map", "loader", "none", False, 1, None, 0, "none", None),
     loader_matrix.Corner("map", "datamodule", "2 persistent", True, 2, None, 1, "none", None),
     loader_matrix.Corner("merged", "loader", "2", False, 1, "min_size", 0, "none", None),
-    loader_matrix.Corner("two", "datamodule", "none", False, 2, "max_size", 0, "half", None),
+    loader_matrix.Corner("two", "datamodule", "none", False, 1, "max_size", 0, "half", None),
 )
 
 

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_graddiv.batching.plan import BatchPlan
 from lightning_graddiv.batching.sampler import (
     AdaptiveBatchSampler,
+    drawn_batch_size,
     draws_mergeably,
     draws_plainly,
-    drawn_batch_size,
     is_followed,
 )
 
@@ -38,9 +38,7 @@ class AdoptedLoader:
         reason: why it cannot be changed; None if it can.
     """
 
-    def __init__(
-        self, loader: Any, *, keeps: str | None = None, merges: bool = False, limit: float = 1.0
-    ) -> None:
+    def __init__(self, loader: Any, *, keeps: str | None = None, merges: bool = False, limit: float = 1.0) -> None:
         self.loader = loader
         self.batch_size = drawn_batch_size(loader)
         is_merged = merges and draws_mergeably(loader)

@@ -243,8 +243,8 @@ class BatchResizer:
         sizes = [drawn_batch_size(loader) for loader in loops.train_loaders(self._trainer)]
         if len(sizes) > 1 and (None in sizes or len(set(sizes)) > 1):
             raise MisconfigurationException(
-                f"Expected training loaders of one batch size, so that an example is one of each, but got {sizes}. Give "
-                "all of them the same `batch_size`."
+                f"Expected training loaders of one batch size, so that an example is one of each, but got {sizes}. "
+                "Give all of them the same `batch_size`."
             )
 
     def _go_on_with(self, batch_size: int | None) -> None:

@@ -74,9 +74,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: at the start of ``fit``, where the monitor refuses; ``max_batch_size`` below the
-            starting effective batch size; several training loaders of different batch sizes; processes with batches of different sizes; a
-            ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside; a ``stability`` monitor that
-            is not among the trainer's callbacks.
+            starting effective batch size; several training loaders of different batch sizes; processes with batches of
+            different sizes; a ``GradientAccumulationScheduler`` or a second ``AdaptiveBatchSize`` alongside; a
+            ``stability`` monitor that is not among the trainer's callbacks.
 
     Example::
 

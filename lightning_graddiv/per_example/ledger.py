@@ -1,5 +1,6 @@
 """Both sides of a backward pass: what the examples contribute to each parameter, and the gradient that it receives."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -130,22 +131,21 @@ class Ledger:
             return
         norms = on_processor(list(self._sq_norms.values())).reshape(len(self._sq_norms), self._examples).sum(1)
         own = dict(zip(self._sq_norms, norms.tolist(), strict=True))
-        scales = torch.tensor([own.get(i, 0.0) + received.get(i, 0.0) for i in indices], dtype=torch.float64)
-        if not bool(torch.isfinite(scales).all()):
-            raise MeasurementError("The step's gradients are not finite.")
-        errors = self._errors(indices)
         # Rounding errors of a gradient that cancels within each example are those of what cancels.
+        scales = {index: own.get(index, 0.0) + received.get(index, 0.0) for index in indices}
+        total = sum(scales.values())
+        if not math.isfinite(total):
+            raise MeasurementError("The step's gradients are not finite.")
         relative, of_all = _ROUNDING[self._digits]
-        allowed = relative * scales.sqrt() + of_all * scales.sum().sqrt()
-        for index, is_close in zip(indices, (errors <= allowed).tolist(), strict=True):
-            if not is_close:
+        for index, error in self._errors(indices).items():
+            if not error <= relative * math.sqrt(scales[index]) + of_all * math.sqrt(total):
                 reason = "it is used outside of its layer" if index in own else "no layer with a rule uses it"
                 self.misses.setdefault(index, reason)
 
-    def _errors(self, indices: Sequence[int]) -> Tensor:
-        """Return how far the sums of contributions are from the gradients, shape (len(indices),), float64."""
+    def _errors(self, indices: Sequence[int]) -> dict[int, float]:
+        """Return how far the sums of contributions are from the gradients."""
         by_entries = [i for i in indices if i in self._sums and self._received.entries(i) is not None]
-        errors = dict(zip(by_entries, self._distances(by_entries), strict=True)) if by_entries else {}
+        errors = dict(zip(by_entries, self._distances(by_entries).tolist(), strict=True)) if by_entries else {}
         others = [index for index in indices if index not in errors]
         if others:
             sides = [(self._projected(index), self._received.of(index)) for index in others]
@@ -153,8 +153,8 @@ class Ledger:
                 [_ZEROS if side is None else side for side in of_all] for of_all in zip(*sides, strict=True)
             )
             worst = (on_processor(found) - on_processor(wanted)).abs().amax(1)
-            errors |= dict(zip(others, worst, strict=True))
-        return torch.stack([errors[index] for index in indices])
+            errors |= dict(zip(others, worst.tolist(), strict=True))
+        return errors
 
     def _distances(self, indices: Sequence[int]) -> Tensor:
         """Return the norms of differences, entry by entry."""

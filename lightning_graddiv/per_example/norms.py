@@ -32,7 +32,10 @@ def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
     for device in {listed[i].device for i in small}:
         chosen = [i for i in small if listed[i].device == device]
         entries = [real_view(listed[i]).flatten() for i in chosen]
-        norms |= dict(zip(chosen, sums_of_segments(torch.cat(entries).double().square_(), entries), strict=True))
+        found = sums_of_segments(torch.cat(entries).double().square_(), entries)
+        if len(chosen) == len(listed):
+            return found.cpu()
+        norms |= dict(zip(chosen, found, strict=True))
     return on_processor([norms[i] for i in range(len(listed))])
 
 
@@ -60,8 +63,8 @@ def _sq_norms(rows: Tensor) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype == torch.float32:
         sq_norms = _in_blocks(rows)
         if sq_norms.numel() > 0:
-            smallest, largest = torch.stack(torch.aminmax(sq_norms)).tolist()
-            if smallest > _SMALLEST_SAFE_SQUARE and largest < math.inf:
+            smallest, largest = torch.aminmax(sq_norms)
+            if float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf:
                 return sq_norms
     exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
     return exact

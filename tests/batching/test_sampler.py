@@ -7,10 +7,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from lightning_graddiv.batching.plan import BatchPlan
 from lightning_graddiv.batching.sampler import (
     AdaptiveBatchSampler,
-    draws_mergeably,
-    draws_plainly,
     drawn_batch_size,
     drawn_examples,
+    draws_mergeably,
+    draws_plainly,
     is_followed,
 )
 
