@@ -10,6 +10,7 @@ each kind of device); benchmarks/performance.py makes the tables of docs/perform
 """
 
 import argparse
+import ctypes
 import json
 import logging
 import platform
@@ -87,10 +88,22 @@ def now() -> float:
     return time.perf_counter()
 
 
+class PeakFrom(L.Callback):
+    """Lets the peak of this process's memory begin anew with a step, without what was freed before (Linux, glibc)."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def train(
-    task: Task, steps: int, every_n_steps: int, device: str = "cpu"
-) -> tuple[dict[str, Seconds], GradientDiversityMonitor]:
-    """Return the seconds of plain, measured and checked steps, without the first two."""
+    task: Task, steps: int, every_n_steps: int, device: str = "cpu", callbacks: Sequence[L.Callback] = ()
+) -> tuple[list[tuple[str, float]], GradientDiversityMonitor]:
+    """Return what kind each step was, plain, measured or checked, and its seconds."""
     torch.manual_seed(0)
     x, y = task.batch()
     data = TensorDataset(*(tensor.repeat(steps, *[1] * (tensor.ndim - 1)) for tensor in (x, y)))
@@ -98,7 +111,7 @@ def train(
     end = End(start, monitor)
     trainer = L.Trainer(
         max_epochs=1,
-        callbacks=[start, monitor, end],
+        callbacks=[start, monitor, *callbacks, end],
         logger=False,
         accelerator=device,
         devices=1,
@@ -107,20 +120,26 @@ def train(
         enable_model_summary=False,
     )
     trainer.fit(Module(task), DataLoader(data, len(x)))
+    return end.steps, monitor
+
+
+def by_kind(steps: Sequence[tuple[str, float]]) -> dict[str, Seconds]:
     found: dict[str, Seconds] = {"plain": [], "measured": [], "checked": []}
-    for kind, seconds in end.steps[2:]:
+    for kind, seconds in steps:
         found[kind].append(seconds)
-    return found, monitor
+    return found
 
 
 def in_training(task: Task, quick: bool, device: str) -> dict[str, Any]:
     pilot, _ = train(task, 6, 10**6, device)
-    steps = max(24, min(400, int((8 if quick else 25) / statistics.median(pilot["plain"]))))
+    per_step = statistics.median(by_kind(pilot)["plain"])
+    steps = max(24, min(400, int((8 if quick else 25) / per_step)))
     with numbers_sent() as sent:
-        seconds, monitor = train(task, steps, 2, device)
+        taken, monitor = train(task, steps, 2, device)
+    seconds, all_seconds = by_kind(taken[2:]), by_kind(taken)  # the first two pay for start-up
     plain = statistics.median(seconds["plain"])
     cadence = GradientDiversityMonitor().every_n_steps
-    extra = sum(sum(seconds[kind]) - plain * len(seconds[kind]) for kind in ("measured", "checked"))
+    extra = sum(sum(all_seconds[kind]) - plain * len(all_seconds[kind]) for kind in ("measured", "checked"))
     return {
         "plain": spread(seconds["plain"]),
         "measured": spread(seconds["measured"]),
@@ -134,7 +153,7 @@ def in_training(task: Task, quick: bool, device: str) -> dict[str, Any]:
         )
         / (cadence * plain),
         "overhead_logged": monitor._stopwatch.overhead,
-        "overhead_seen_from_outside": extra / (plain * (steps - 2)),
+        "overhead_seen_from_outside": extra / (plain * steps),
         "bytes_sent_by_a_measurement": 8 * statistics.mode(sent),
         "engine": monitor._measurer.engine,
         "coverage": monitor._coverage,
@@ -332,7 +351,7 @@ def backpack(task: Task, net: nn.Module, x: Tensor, y: Tensor, extension: str, a
 
 def bare(task: Task, quick: bool, only: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the time of each contestant."""
-    seconds = interleaved(contestants(task, only), 5 if quick else 15)
+    seconds = interleaved(contestants(task, only), 15 if quick else 45)
     return {name: {**spread(s), "over_plain": ratio(s, seconds["plain step"])} for name, s in seconds.items()}
 
 
@@ -368,17 +387,31 @@ def growth_of_cost(quick: bool) -> dict[str, dict[str, float]]:
     }
 
 
-def peak_memory(name: str, every_n_steps: int) -> float:
+def peak_memory(name: str, every_n_steps: int, first: int) -> float:
     """Return the most that training in a process of its own holds beyond what it held before, in MiB."""
     command = [sys.executable, __file__, "--memory-of", name, "--every-n-steps", str(every_n_steps)]
+    command += ["--from-step", str(first)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def held_by_training(name: str, every_n_steps: int) -> float:
+def memory(name: str) -> dict[str, float]:
+    """Return the peaks of a training without measurements, with some, and from where none is checked on."""
+    found = {"plain": peak_memory(name, 10**6, 0)}
+    found |= {"with_checks": peak_memory(name, 2, 0), "measured": peak_memory(name, 2, AFTER_CHECKS)}
+    return found | {
+        "ratio": found["measured"] / found["plain"],
+        "ratio_with_checks": found["with_checks"] / found["plain"],
+    }
+
+
+AFTER_CHECKS = 10
+"""Of every second step, the fifth measurement is the last that is checked for a while."""
+
+
+def held_by_training(name: str, every_n_steps: int, first: int) -> float:
     train(Task("tiny", lambda: mlp_of_width(8).net(), TASKS["MLP"].batch), 8, 2)  # loads the code of both
     before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
-    train(TASKS[name], 14, every_n_steps)
+    train(TASKS[name], 20, every_n_steps, callbacks=[PeakFrom(first)])
     return (kilobytes("VmHWM") - before) / 1024
 
 
@@ -409,12 +442,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--every-n-steps", type=int, default=2, help=argparse.SUPPRESS)
+    parser.add_argument("--from-step", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(2)
     if arguments.memory_of:
-        print(held_by_training(arguments.memory_of, arguments.every_n_steps))
+        print(held_by_training(arguments.memory_of, arguments.every_n_steps, arguments.from_step))
         return
     is_cpu = arguments.device == "cpu"
     tasks = TASKS if is_cpu else ON_ACCELERATORS
@@ -422,8 +456,7 @@ def main() -> None:
     for name in (arguments.models or ",".join(tasks)).split(","):
         found = {"training": in_training(tasks[name], arguments.quick, arguments.device)}
         if is_cpu:
-            memory = {kind: peak_memory(name, every) for kind, every in (("plain", 10**6), ("measured", 2))}
-            found["peak_MiB"] = {**memory, "ratio": memory["measured"] / memory["plain"]}
+            found["peak_MiB"] = memory(name)
         with torch.device(arguments.device):
             found["engines"] = bare(tasks[name], arguments.quick)
         results["models"][name] = found

@@ -40,16 +40,17 @@ class AdoptedLoader:
 
     def __init__(self, loader: Any, *, keeps: str | None = None, merges: bool = False, limit: float = 1.0) -> None:
         self.loader = loader
-        self.batch_size = drawn_batch_size(loader)
+        theirs: Any = getattr(loader, "batch_sampler", None)
+        is_adopted = isinstance(theirs, AdaptiveBatchSampler)
+        self.batch_size = theirs.own_batch_size if is_adopted else drawn_batch_size(loader)
         is_merged = merges and draws_mergeably(loader)
-        is_adopted = isinstance(getattr(loader, "batch_sampler", None), AdaptiveBatchSampler)
         is_drawn = is_adopted or is_merged or draws_plainly(loader)
         self.reason = keeps or _why_its_end_is_unknown(loader, limit) or (None if is_drawn else _reason(loader))
         self.is_adaptable = self.reason is None
         self.is_followed = self.is_adaptable and is_followed(loader)
         if self.is_adaptable and not is_adopted:
             # A copy keeps the loader's class, workers and generator; past DataLoader.__setattr__, which forbids it.
-            self.loader, theirs = copy.copy(loader), loader.batch_sampler
+            self.loader = copy.copy(loader)
             self.loader.__dict__["batch_sampler"] = AdaptiveBatchSampler(
                 theirs if is_merged else theirs.sampler,
                 theirs.batch_size,

@@ -65,7 +65,8 @@ class BatchResizer:
         self._merge_batches = merge_batches
         self._accumulate = trainer.accumulate_grad_batches
         self._loader = AdoptedLoader(None)
-        self._copies: dict[int, tuple[Any, Any]] = {}
+        # The same loader may come by again, after a tuner's training: its persistent workers are then the copy's.
+        self._copied: tuple[Any, Any] = (None, None)
         self._is_running = False
         self._coming = self.plan
         self._offer: Offer | None = None
@@ -190,7 +191,7 @@ class BatchResizer:
     def remove(self) -> None:
         """Leave the trainer with its own accumulation; may be called more than once."""
         self._stop_watching()
-        self._loader, self._copies = AdoptedLoader(None), {}
+        self._loader, self._copied = AdoptedLoader(None), (None, None)
         self._trainer.accumulate_grad_batches = self._accumulate
 
     # What follows happens while loaders are set up and epochs begin.
@@ -212,15 +213,15 @@ class BatchResizer:
     def _adopt(self, loader: Any, is_first: bool) -> Any:
         if not is_first:
             self._loader.lets_go()  # the first of several goes on as the user's
-        # After a tuner's training the same loader comes by again, whose persistent workers are the copy's.
-        theirs, copied = self._copies.get(id(loader), (None, None))
+        theirs, copied = self._copied
         self._loader = AdoptedLoader(
-            loader if theirs is None else copied,
+            copied if loader is theirs else loader,
             keeps=None if is_first else "there are several training loaders, each of which gives a part of a batch",
             merges=self._merge_batches,
             limit=self._trainer.limit_train_batches,
         )
-        self._copies[id(loader)] = loader, self._loader.loader
+        if is_first:
+            self._copied = loader, self._loader.loader
         if not self._is_running:
             self._begin()
         self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))

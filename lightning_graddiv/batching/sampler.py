@@ -126,6 +126,7 @@ class AdaptiveBatchSampler(Sampler[Any]):
     Attributes:
         plan: of the passes to come.
         splits_tail: whether those share out the examples of an epoch's last window equally.
+        own_batch_size: examples in a micro-batch to begin with.
         batch_size: examples in a micro-batch that is not the last, as it is trained on now.
         item_size: examples in an item of ``source`` that is not the last.
         trained_on: examples in the micro-batch that is trained on now; None where that is not known.
@@ -148,7 +149,7 @@ class AdaptiveBatchSampler(Sampler[Any]):
         self.merges = merges
         self.item_size = batch_size if merges else 1
         self.counted = source if counted is None else counted
-        self.batch_size = batch_size
+        self.own_batch_size = self.batch_size = batch_size
         self.drop_last = drop_last
         self.records = records
         self.plan = BatchPlan(batch_size)

@@ -468,6 +468,29 @@ def test_idle_with_persistent_workers_that_a_tuner_has_begun_with_changes_nothin
     assert torch.equal(seen[0][1], seen[1][1])
 
 
+@pytest.mark.parametrize("every_n_steps", [1, 10**9], ids=["growing", "idle"])
+def test_one_loader_with_persistent_workers_that_is_given_anew_each_epoch(every_n_steps):
+    class Again(AuditModule):
+        def train_dataloader(self):
+            return train
+
+    seen = []
+    for callbacks in ([], [adaptive(every_n_steps=every_n_steps, max_batch_size=16)]):
+        torch.manual_seed(0)
+        train = loader(EXAMPLES, 4, num_workers=2, persistent_workers=True)
+        module = Again(EXAMPLES)
+        trainer = quiet_trainer(max_epochs=3, callbacks=callbacks, reload_dataloaders_every_n_epochs=1)
+        trainer.fit(module)
+        seen.append((module.steps, torch.get_rng_state()))
+    if every_n_steps == 1:
+        assert sizes(module.steps_of(2)) == [16] * 4
+        assert_every_epoch_whole(module)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*(steps for steps, _ in seen), strict=True))
+        assert torch.equal(seen[0][1], seen[1][1])
+    assert len(trainer.train_dataloader) == 16
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_growth_reaches_workers_that_a_tuner_has_begun_with(persistent, tmp_path):
     """They draw from the sampler that they were started with."""
