@@ -392,6 +392,17 @@ def test_r14_batches_of_another_sampler_are_merged_where_they_may_be(workers):
     assert type(train.batch_sampler) is Shuffled
 
 
+def test_r14_micro_batches_are_whole_batches_of_the_other_sampler():
+    """Three batches of four in micro-batches of at most ten: 4 + 4 + 4, not 6 + 6."""
+    train = DataLoader(one_hot(60), batch_sampler=Shuffled(range(60), 4, False))
+    callback = adaptive(growth_factor=3, max_batch_size=12, max_micro_batch_size=10, merge_batches=True)
+    module, _ = fit(callback, module=AuditModule(60), train=train)
+    assert callback.batch_size == 12
+    assert set(module.micro_batches) == {4}
+    assert sizes(module.steps_of(2)) == [12] * 5
+    assert_every_epoch_whole(module)
+
+
 @pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
 def test_several_loaders_of_one_batch_size_grow_by_accumulation(mode):
     class Both(AuditModule):
