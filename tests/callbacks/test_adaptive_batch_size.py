@@ -342,14 +342,14 @@ class TestTheEpochStaysAnEpoch:
     def test_loaders_made_anew_do_not_pile_up(self):
         import multiprocessing
 
-        alive = []
+        alive, before = [], set(multiprocessing.active_children())
 
         class OwnLoader(AuditModule):
             def train_dataloader(self):
                 return loader(EXAMPLES, 4, num_workers=1, persistent_workers=True)
 
             def on_train_epoch_end(self):
-                alive.append(len(multiprocessing.active_children()))
+                alive.append(len(set(multiprocessing.active_children()) - before))
 
         trainer = quiet_trainer(max_epochs=4, callbacks=[adaptive()], reload_dataloaders_every_n_epochs=1)
         trainer.fit(OwnLoader(EXAMPLES))
