@@ -5,7 +5,8 @@
 A perceptron trains in a real Trainer and its batch grows from 16 to 1,024 examples, by a policy that always allows it.
 Timed is what lies between the end of one batch's training and the start of the next one's: the decision, the change of
 lengths, the new accumulation, and the wait for the data. What a growth adds is compared with a whole training step of
-the new size. Writes growth.json.
+the new size, and with what ordinary pauses of that size take longer than usual, one of twenty of them: with workers, a
+machine of few cores lets the trainer wait now and then. Writes growth.json.
 """
 
 import argparse
@@ -123,7 +124,13 @@ def costs(ends: Ends, starts: Starts) -> list[dict[str, float]]:
         if before != index:
             added += pauses[before] - usual[kinds[before][0], True]
         plain = [step for step, kind in zip(steps[1:], kinds[1:], strict=False) if kind == (size, False, False)]
-        found.append({"to": size, "added": added, "step": statistics.median(plain)})
+        step = statistics.median(plain)
+        ordinary = [
+            pause - usual[size, False]
+            for pause, kind in zip(pauses, kinds, strict=False)
+            if kind == (size, False, False)
+        ]
+        found.append({"to": size, "added": added, "step": step, "ordinary": statistics.quantiles(ordinary, n=20)[-1]})
     return found
 
 
@@ -147,12 +154,14 @@ def main() -> None:
                 "added_milliseconds_median": 1e3 * statistics.median(run["added"] for run in runs),
                 "added_over_step_median": statistics.median(added),
                 "added_over_step_largest": max(added),
+                "ordinary_pauses_over_step": statistics.median(run["ordinary"] / run["step"] for run in runs),
             }
             results.append(row)
             print(
                 f"{workers} workers, {name:12s}: {len(runs)} growths, a growth adds "
                 f"{row['added_milliseconds_median']:.2f} ms (median), {row['added_over_step_median']:.2f} of a step "
-                f"(largest {row['added_over_step_largest']:.2f})"
+                f"(largest {row['added_over_step_largest']:.2f}; one ordinary pause in twenty: "
+                f"{row['ordinary_pauses_over_step']:.2f})"
             )
     machine = {
         "machine": platform.processor() or platform.machine(),
