@@ -57,7 +57,7 @@ class Scan:
         is_turned = not self.inputs.is_contiguous()  # as where the batch comes first
         x, h = (values.transpose(0, 1) if is_turned else values for values in (self.inputs, self.before))
         both: Tensor = _product(x, of_input, *([biases[0] + biases[1]] if biases else []))
-        both.flatten(0, 1).addmm_(h.flatten(0, 1), of_hidden.T)
+        both.view(-1, both.shape[-1]).addmm_(h.flatten(0, 1), of_hidden.T)  # a view, or an error: never a copy
         by_gate: Tensor = both.unflatten(-1, (gates, -1))
         return by_gate.transpose(0, 1) if is_turned else by_gate
 
