@@ -33,8 +33,8 @@ class Probe:
 
     The projection of ``sum_i c_i`` must be that of the gradient: a check (Freivalds') that no use of the parameter was
     overlooked, for the price of two thin products. Where all directions share their right side, a gradient is read once
-    for all of them; a difference of a tenth of it then stays below the tolerance once in six hundred measurements, each
-    of which has directions of its own.
+    for all of them; a difference of rank one of a tenth of it then stays below the tolerance once in some five hundred
+    measurements (more often where the examples' gradients cancel), each of which has directions of its own.
 
     Attributes:
         left: shape (p, o).

@@ -146,7 +146,7 @@ def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGr
     norms: list[Tensor] = []
     running: list[Tensor] | None = None
     for leaves in rows.chunks(_chunk_size(values)):
-        gradients, losses = _transformed(per_example, values, leaves)
+        gradients, losses = run_transformed(per_example, values, leaves)
         gradients = [gradient.detach() for gradient in gradients]
         norms.append(sum_of_squares(gradients, per_row=True))
         if not bool(torch.isfinite(losses).all() and torch.isfinite(norms[-1]).all()):
@@ -178,11 +178,16 @@ class _ExampleRows:
             ]
 
 
-def _transformed(per_example: Any, values: list[Tensor], leaves: list[Tensor]) -> Any:
+def run_transformed(per_example: Any, values: Sequence[Tensor], leaves: Sequence[Tensor]) -> Any:
+    """Call what ``vmap`` has made of a function of the parameters' values and of a batch's tensors.
+
+    Raises:
+        FunctionalEngineError: it does not run so.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return per_example(values, *leaves)
+            return per_example(list(values), *leaves)
     except (MeasurementError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
+from lightning_graddiv.errors import FunctionalEngineError
 from lightning_graddiv.per_example.batches import has_row_per_example, replace_leaves, select, tensor_leaves
-from lightning_graddiv.per_example.functional import PerExampleGradients
+from lightning_graddiv.per_example.functional import PerExampleGradients, run_transformed
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.norms import real_view, sum_dtype, sum_of_squares
 
@@ -44,17 +44,7 @@ def functional_rows(loss: StepLoss, values: Sequence[Tensor], batch: Any, total:
     per_example = vmap(
         grad(loss_of_one), in_dims=(None, *(0 if one else None for one in mapped)), randomness="different"
     )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            return [gradient.detach() for gradient in per_example(list(values), *leaves)]
-    except (MeasurementError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FunctionalEngineError(
-            f"it does not run under torch.func.vmap ({type(error).__name__}: {reason})", lasting=True
-        ) from error
+    return [gradient.detach() for gradient in run_transformed(per_example, values, leaves)]
 
 
 def looped_rows(loss: StepLoss, values: Sequence[Tensor], batch: Any, total: int) -> list[Tensor]:
