@@ -1,12 +1,16 @@
 """The training loader, as it is resized: a copy of the user's, whose own stays as it is."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
+from torch import Generator
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_graddiv.batching.plan import BatchPlan
+from lightning_graddiv.batching.position import PassPlace
+from lightning_graddiv.batching.random_states import generators_of
 from lightning_graddiv.batching.sampler import (
     AdaptiveBatchSampler,
     drawn_batch_size,
@@ -35,6 +39,7 @@ class AdoptedLoader:
         batch_size: the user's batch size; None if the loader does not tell it.
         is_adaptable: whether the micro-batch can be changed.
         is_followed: whether it can be changed in the middle of an epoch.
+        is_replayable: whether a pass over its data can be drawn again, to go on after a checkpoint.
         reason: why it cannot be changed; None if it can.
     """
 
@@ -45,9 +50,10 @@ class AdoptedLoader:
         self.batch_size = theirs.own_batch_size if is_adopted else drawn_batch_size(loader)
         is_merged = merges and draws_mergeably(loader)
         is_drawn = is_adopted or is_merged or draws_plainly(loader)
-        self.reason = keeps or _why_its_end_is_unknown(loader, limit) or (None if is_drawn else _reason(loader))
+        self.reason = keeps or _why_it_must_stay(loader, limit) or (None if is_drawn else _reason(loader))
         self.is_adaptable = self.reason is None
         self.is_followed = self.is_adaptable and is_followed(loader)
+        self.is_replayable = self.is_followed and not isinstance(loader.dataset, IterableDataset)
         if self.is_adaptable and not is_adopted:
             # A copy keeps the loader's class, workers and generator; past DataLoader.__setattr__, which forbids it.
             self.loader = copy.copy(loader)
@@ -57,6 +63,7 @@ class AdoptedLoader:
                 getattr(theirs, "drop_last", False),
                 counted=loader.dataset if isinstance(loader.dataset, IterableDataset) else None,
                 merges=is_merged,
+                generators=generators_of(loader, theirs, getattr(theirs, "sampler", None)),
             )
         if self.is_adaptable:  # adopted already, if a tuner has trained before
             self._sampler: AdaptiveBatchSampler = self.loader.batch_sampler
@@ -81,6 +88,15 @@ class AdoptedLoader:
         if isinstance(self.loader.dataset, IterableDataset):  # whose loader's length is counted by this one
             self.loader.__dict__["batch_size"] = plan.micro_batch_size
 
+    @property
+    def generators(self) -> Sequence[Generator]:
+        """The user's generators that it draws from."""
+        return self._sampler.generators if self.is_adaptable else generators_of(self.loader)
+
+    def goes_on_at(self, place: PassPlace | None, change: tuple[BatchPlan, int] | None) -> None:
+        """Let the next pass to be begun go on at a place of an earlier one, and change its plan after some batches."""
+        self._sampler.place, self._sampler.change = place, change
+
     def trains_on(self, plan: BatchPlan) -> None:
         """Batches of this plan arrive from now on."""
         if self.is_adaptable:
@@ -96,6 +112,7 @@ class AdoptedLoader:
             self.draws(BatchPlan(self.batch_size), splits_tail=False)
             self._sampler.batch_size = self.batch_size
             self._sampler.records, self._sampler.trained_on = False, None
+            self._sampler.place = self._sampler.change = None
 
     def batches(self, plan: BatchPlan, *, whole_batches: bool) -> float:
         """Return the number of micro-batches of one pass, of whole ones only if wanted; infinite for a stream.
@@ -109,11 +126,14 @@ class AdoptedLoader:
         return batches + bool(rest and not whole_batches and not self._sampler.drop_last)
 
 
-def _why_its_end_is_unknown(loader: Any, limit: float) -> str | None:
-    """Say why Lightning could not be told how many larger batches an epoch has.
+def _why_it_must_stay(loader: Any, limit: float) -> str | None:
+    """Say why a loader that could draw larger batches must not.
 
-    An epoch that is shorter than it was told ends without validation.
+    After a checkpoint it could not go on, or Lightning could not be told how many batches an epoch has: one that is
+    shorter than it was told ends without validation.
     """
+    if isinstance(loader, DataLoader) and hasattr(loader, "load_state_dict"):
+        return f"the training loader, a `{type(loader).__name__}`, keeps its own place in the data by counting batches"
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
         return None
     if loader.num_workers > 0:

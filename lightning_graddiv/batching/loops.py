@@ -1,4 +1,4 @@
-"""The only module that touches Lightning's private loop state.
+"""The only module that touches Lightning's private loop state, but for :mod:`.resumed_loop`.
 
 Public ways that were ruled out: ``reload_dataloaders_every_n_epochs`` makes loaders anew only from hooks, restarts the
 workers and re-reads the user's batch size; there is none to change a loader's length after the fit loop has read it
@@ -24,6 +24,11 @@ _NEEDED_BEFORE = (
     "fit_loop.restarting",
     "fit_loop.max_batches",
     "fit_loop.epoch_loop.batch_progress",
+    "fit_loop.epoch_progress.current",
+    "fit_loop.epoch_loop._batches_that_stepped",
+    "fit_loop.epoch_loop._should_check_val_fx",
+    "fit_loop.epoch_loop.restarted_on_train_batch_end",
+    "fit_loop.epoch_loop.val_loop.batch_progress",
     "fit_loop._combined_loader",
     "fit_loop._data_fetcher",
 )
@@ -80,7 +85,7 @@ class TrainLoaderWatch:
             is_new = trainer.fit_loop._combined_loader is not before
             on_epoch()
             # An epoch that goes on after a checkpoint keeps the lengths that it had.
-            if is_resized() and train_loaders(trainer) and (is_new or _draws_a_new_epoch(trainer)):
+            if is_resized() and train_loaders(trainer) and (is_new or draws_a_new_epoch(trainer)):
                 refresh_lengths(trainer)
 
         trainer.fit_loop.setup_data = watched
@@ -138,11 +143,16 @@ def is_begun(trainer: Any) -> bool:
 def goes_on_with_an_epoch(trainer: Any) -> bool:
     """Tell whether the loop, resumed from a checkpoint, still has to finish the epoch of that checkpoint.
 
-    It does not where the checkpoint was written while the epoch's last batch ended: then it opens the next one.
+    It does not where it :func:`opens_the_next`.
     """
+    return bool(trainer.fit_loop.restarting) and not opens_the_next(trainer)
+
+
+def opens_the_next(trainer: Any) -> bool:
+    """Tell whether the checkpoint was made while an epoch's last batch ended: the loop then opens the next epoch."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    opens_the_next = progress.is_last_batch and progress.total.completed < progress.total.processed
-    return bool(trainer.fit_loop.restarting) and not opens_the_next
+    is_midway = bool(progress.total.completed < progress.total.processed)
+    return bool(trainer.fit_loop.restarting) and bool(progress.is_last_batch) and is_midway
 
 
 def updates_statistics(trainer: Any) -> bool:
@@ -222,7 +232,7 @@ def limited(length: float | None, limit: float) -> float:
     return float("inf") if length in (None, float("inf")) else int(length * limit)
 
 
-def _draws_a_new_epoch(trainer: Any) -> bool:
+def draws_a_new_epoch(trainer: Any) -> bool:
     """Tell whether the epoch that is about to start will make a new iterator of its loaders."""
     fit_loop = trainer.fit_loop
     return trainer.current_epoch > 0 and not fit_loop.restarting and not getattr(fit_loop, "is_resuming", False)

@@ -25,16 +25,19 @@ class SampleClock:
         self._steps_in_epoch = 0
         self._end = float("inf")
         self._frequencies: list[tuple[Any, int]] = []
-        self._has_said_end = False
+        self._has_said_end = True
 
-    def start(self, end: float) -> None:
+    def start(self, end: float, *, ends_by_steps: bool) -> None:
         """Training starts.
 
         Args:
             end: optimizer steps that a schedule can have been made for: those of the whole training at the starting
                 batch size. Not positive or infinite: not known.
+            ends_by_steps: whether training goes on until it has taken a number of steps, so that it passes that end.
+                Without, epochs of larger batches may hold a few examples more, and there is nothing to say.
         """
         self._end = end if end > 0 else float("inf")
+        self._has_said_end = not ends_by_steps
 
     def start_epoch(self) -> None:
         """An epoch starts: ``frequency`` counts from here."""

@@ -1,15 +1,27 @@
 """A batch sampler that draws whole accumulation windows, and whose sizes may change in the middle of a pass."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.data import sized_len
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from lightning_graddiv.batching.plan import BatchPlan
+from lightning_graddiv.batching.position import PassOrigin, PassPlace, mark
+from lightning_graddiv.batching.random_states import RandomStates
+
+_ANOTHER_ORDER = (
+    "AdaptiveBatchSize: the epoch that goes on after the checkpoint is drawn by `{sampler}` in another order than "
+    "before it, so that some of its examples come twice and others not at all. Let the order follow from the epoch "
+    "alone (a sampler with `set_epoch`) or from torch's, NumPy's or Python's global generator, the same on every "
+    "process; or checkpoint at the end of epochs."
+)
 
 
 @dataclass(frozen=True)
@@ -25,33 +37,43 @@ class Window:
     sizes: tuple[int, ...]
 
 
+class Drawn(NamedTuple):
+    """A micro-batch on its way to the trainer: its examples, and the mark of its last item."""
+
+    examples: int
+    last: int
+
+
 class Pass(Iterator[Any]):
     """One pass over the data, window by window.
 
     Attributes:
         plan: of the windows that it draws now.
+        origin: how it began; None before its first item is drawn, and if the sampler does not record.
         emitted: micro-batches drawn so far. Workers prefetch: the trainer may have seen fewer.
         windows: those drawn that the trainer has not begun yet, if the sampler records.
-        drawn: sizes of the micro-batches drawn that the trainer has not begun yet, likewise.
+        drawn: the micro-batches drawn that the trainer has not begun yet, likewise.
     """
 
     def __init__(self, sampler: "AdaptiveBatchSampler") -> None:
         self.plan = sampler.plan
         self.emitted = 0
+        self.origin: PassOrigin | None = None
         self.windows: deque[Window] = deque()
-        self.drawn: deque[int] = deque()
+        self.drawn: deque[Drawn] = deque()
         self._sampler = sampler
         self._splits_tail = sampler.splits_tail
         self._total = sized_len(sampler.counted)
         self._items_taken = 0
         self._open: deque[int] = deque()
-        self._change: tuple[BatchPlan, int] | None = None
         self._items: Iterator[Any] | None = None
+        self._change: tuple[BatchPlan, int] | None = None
+        self._place: PassPlace | None = None
 
     def __next__(self) -> Any:
         """Return the indices of the next micro-batch."""
         if self._items is None:  # not before: samplers take their random numbers here
-            self._items = iter(self._sampler.source)
+            self._items = self._begun()
         if not self._open:
             self._open_window()
         wanted = self._open.popleft() // self._sampler.item_size
@@ -62,8 +84,13 @@ class Pass(Iterator[Any]):
         self.emitted += 1
         self._items_taken += len(items)
         if self._sampler.records:
-            self.drawn.append(len(batch))
+            self.drawn.append(Drawn(len(batch), mark(items[-1])))
         return batch
+
+    @property
+    def begins_after(self) -> int:
+        """The examples that it leaves out at its beginning, since they are in optimizer steps already."""
+        return 0 if self._place is None else self._place.examples
 
     @property
     def boundary(self) -> int:
@@ -86,6 +113,42 @@ class Pass(Iterator[Any]):
     def change(self, plan: BatchPlan, at: int) -> None:
         """Draw by another plan from micro-batch ``at`` on, where a window begins that is not drawn yet."""
         self._change = plan, at
+
+    def _begun(self) -> Iterator[Any]:
+        """Begin to draw items: the first ones, or those that a checkpoint has left."""
+        sampler = self._sampler  # loaders with workers begin two passes and draw by the second
+        self._place, sampler.place = sampler.place, None
+        self._change, sampler.change = sampler.change or self._change, None
+        if self._place is not None:
+            return self._gone_on(self._place)
+        if not self._sampler.records:
+            return iter(self._sampler.source)
+        generators = self._sampler.generators
+        before = RandomStates.now(generators)
+        items, first = self._first()
+        drew = not before.is_equal_to(RandomStates.now(generators))
+        self.origin = PassOrigin(mark(first), before if drew else None)
+        return items
+
+    def _gone_on(self, place: PassPlace) -> Iterator[Any]:
+        """Draw the items of an earlier pass again and leave out those that are in optimizer steps already."""
+        origin, taken = place.origin, -(-place.examples // self._sampler.item_size)
+        self.origin, self._items_taken = origin, taken
+        with _as_then(origin, self._sampler.generators):
+            items, first = self._first()
+            is_same = origin.is_known and mark(first) == origin.first
+            last = place.last
+            for item in islice(items, taken if is_same else 0):
+                last = mark(item)
+        if not is_same or place.last not in (None, last):
+            rank_zero_warn(_ANOTHER_ORDER.format(sampler=type(self._sampler.source).__name__))
+        return items
+
+    def _first(self) -> tuple[Iterator[Any], list[Any]]:
+        """Begin with the source; return all of its items, and the first in a list, which is empty if there is none."""
+        items = iter(self._sampler.source)
+        first = list(islice(items, 1))
+        return chain(first, items), first
 
     def _open_window(self) -> None:
         if self._change is not None and self.emitted >= self._change[1]:
@@ -122,6 +185,7 @@ class AdaptiveBatchSampler(Sampler[Any]):
         counted: its length is the number of items of a pass; None: that of ``source``.
         records: keep what was drawn until the trainer takes it; see :class:`Pass`.
         merges: ``source`` is a batch sampler. What else is asked of this one is asked of that.
+        generators: that ``source`` may draw from.
 
     Attributes:
         plan: of the passes to come.
@@ -131,6 +195,8 @@ class AdaptiveBatchSampler(Sampler[Any]):
         item_size: examples in an item of ``source`` that is not the last.
         trained_on: examples in the micro-batch that is trained on now; None where that is not known.
         latest: the pass begun last; None before the first.
+        place: where the next pass to be drawn from goes on, after a checkpoint; None: at its beginning.
+        change: another plan for that pass, and the micro-batch from which on it holds; see :meth:`Pass.change`.
     """
 
     def __init__(
@@ -142,6 +208,7 @@ class AdaptiveBatchSampler(Sampler[Any]):
         counted: Any = None,
         records: bool = False,
         merges: bool = False,
+        generators: Sequence[Generator] = (),
     ) -> None:
         if not merges:
             self.sampler = source
@@ -152,10 +219,13 @@ class AdaptiveBatchSampler(Sampler[Any]):
         self.own_batch_size = self.batch_size = batch_size
         self.drop_last = drop_last
         self.records = records
+        self.generators = generators
         self.plan = BatchPlan(batch_size)
         self.splits_tail = False
         self.trained_on: int | None = None
         self.latest: Pass | None = None
+        self.place: PassPlace | None = None
+        self.change: tuple[BatchPlan, int] | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Be also what the user's batch sampler is: its sampler, its ``set_epoch``."""
@@ -234,6 +304,10 @@ def _batch_sampler(loader: Any) -> Any:
 def _batches(examples: int, size: int, drop_last: bool) -> int:
     batches, rest = divmod(examples, size)
     return batches + bool(rest and not drop_last)
+
+
+def _as_then(origin: PassOrigin, generators: Sequence[Generator]) -> AbstractContextManager[None]:
+    return nullcontext() if origin.random is None else origin.random.restored(generators)
 
 
 def _merged(batches: list[Any]) -> Any:

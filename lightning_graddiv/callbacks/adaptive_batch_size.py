@@ -1,5 +1,6 @@
 """The callback that lets the batch grow as far as gradient diversity allows."""
 
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_graddiv.batching.learning_rate import RULES, LearningRateRule, LearningRateScale
+from lightning_graddiv.batching.position import EpochPosition
+from lightning_graddiv.batching.random_states import RandomStates
 from lightning_graddiv.batching.resizer import BatchResizer
 from lightning_graddiv.batching.sample_clock import SampleClock
 from lightning_graddiv.callbacks.checks import (
@@ -22,7 +25,7 @@ from lightning_graddiv.callbacks.checks import (
     require_one_size,
 )
 from lightning_graddiv.callbacks.decision import GrowthDecision
-from lightning_graddiv.callbacks.growth import EpochRecord, Growth, Throughput, explain
+from lightning_graddiv.callbacks.growth import Growth, Throughput, explain
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
 from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
@@ -137,7 +140,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._scale.reset()
         self._clock = SampleClock()
         self._pending: Growth | None = None
-        self._epoch = EpochRecord()
+        self._position: EpochPosition | None = None
+        self._random: RandomStates | None = None
+        self._owed = 0
         self._measured_since_growth = 0
         self._throughput = Throughput()
         self._moments: GradientMoments | None = None
@@ -174,22 +179,41 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resizer = self._running()
-        self._clock.start(trainer.estimated_stepping_batches)
-        resizer.start(self._size_to_go_on_with())
+        self._clock.start(trainer.estimated_stepping_batches, ends_by_steps=trainer.max_steps != -1)
+        resizer.start(self._size_to_go_on_with(), self._position, self._random)
         self._take_size(trainer)
         for limit in resizer.limits:
             rank_zero_warn(f"AdaptiveBatchSize: {limit}")
-        super().on_train_start(trainer, pl_module)
         if self.history:
             self._clock.take_over(trainer)
-            if resizer.works_within_epochs:
-                self._epoch.restore(trainer)
+        if self._owed:  # a step that had been taken when the checkpoint was made, and not counted
+            self._clock.advance(pl_module, self._owed, resizer.known_base.accumulate)
+            self._owed = 0
+        super().on_train_start(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
         self._clock.start_epoch()
-        self._epoch = EpochRecord()
+        self._running().begin_epoch()
+        self._note_position()
+        super().on_train_epoch_start(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running().end_epoch()
+        self._note_position(is_validated=True)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._running().validates()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_between_steps and not trainer.sanity_checking:
+            self._note_position(is_validated=True)
+        super().on_validation_end(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -200,32 +224,29 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         resizer.open(batch_idx)
         if self._pending is not None and resizer.plan.batch_size == self._pending.to_batch_size:
             self._take_effect(trainer, self._pending)
-        self._epoch.note(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch_started = time.perf_counter()
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def _end_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, seen: tuple[Any, int]) -> None:
         is_measured = self._measured is not None
         if self._measured is None:
-            examples = self._drawn_examples(trainer, batch_idx) * trainer.world_size
+            examples = self._drawn_examples(trainer, seen[1]) * trainer.world_size
             self._throughput.add(self.batch_size, examples, time.perf_counter() - self._batch_started)
         else:
             self._moments = self._measured
             self._measured_since_growth += 1
             loss = outputs.get("loss", math.nan) if isinstance(outputs, Mapping) else math.nan
             self._loss = float(loss) * trainer.accumulate_grad_batches  # Lightning has divided by it
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super()._end_batch(trainer, pl_module, outputs, seen)
         if self._stepped:
-            base, window = self._running().known_base, self._running().window
-            steps = -(-sum(window.sizes) // (base.micro_batch_size * base.accumulate))
-            self._clock.advance(pl_module, steps, base.accumulate)
-            self._epoch.step(batch_idx, sum(window.sizes))
+            resizer = self._running()
+            self._clock.advance(pl_module, resizer.base_steps, resizer.known_base.accumulate)
+            resizer.step()
         if is_measured and self.latest is not None:
             self._decide(trainer, self.latest)
-            self._epoch.note(trainer)
+        if self._stepped:
+            self._note_position()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -234,23 +255,57 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._save_step_under_way()
         super().on_exception(trainer, pl_module, exception)
         self._let_go()
 
+    def _note_position(self, *, is_validated: bool = False) -> None:
+        resizer = self._running()
+        self._position, self._random = resizer.position(is_validated=is_validated), resizer.random_states()
+
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def _snapshot(self, trainer: Trainer) -> dict[str, Any]:
         return {
-            **super().state_dict(),
+            **super()._snapshot(trainer),
             "batch_size": self.batch_size,
-            "history": [growth.state_dict() for growth in self.history],
-            "pending": None if self._pending is None else self._pending.state_dict(),
-            "epoch": self._epoch.state_dict(),
+            "history": tuple(self.history),
+            "pending": self._pending,
+            "position": self._position,
+            "random": self._random,
+            "owed": self._owed,
             "measured_since_growth": self._measured_since_growth,
             "learning_rate": self._scale.state_dict(),
             "clock": self._clock.state_dict(),
             "loss": self._loss,
             "moments": None if self._moments is None else asdict(self._moments),
-            "throughput": self._throughput.state_dict(),
+        }
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._save_step_under_way()
+        state = super().state_dict()
+        return state and {**state, "throughput": self._throughput.state_dict()}
+
+    def _save_step_under_way(self) -> None:
+        """Take down an optimizer step that has been taken while its batch has not ended, as in another's hook.
+
+        The weights of a checkpoint have it: its examples must not be trained on again.
+        """
+        resizer, saved = self._resizer, self._saved
+        if resizer is None or not saved or resizer.global_step <= saved["global_step"]:
+            return
+        self._saved = {
+            **saved,
+            "global_step": resizer.global_step,
+            "optimizer_steps": saved["optimizer_steps"] + 1,
+            "examples_seen": saved["examples_seen"] + sum(resizer.window.sizes) * resizer.plan.world_size,
+            "owed": resizer.base_steps,
+            "measurements": self.measurements,
+            "is_due": self._is_due,
+            "window": copy.copy(self._window),
+            "position": resizer.position(after_window=True),
+            "random": resizer.random_states(),
+            "learning_rate": self._scale.state_dict(),
         }
 
     @override
@@ -260,9 +315,11 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             return
         self.batch_size = state_dict["batch_size"]
         self.history = [Growth.from_state_dict(growth) for growth in state_dict["history"]]
-        pending = state_dict["pending"]
+        pending, position, random = state_dict["pending"], state_dict["position"], state_dict["random"]
         self._pending = None if pending is None else Growth.from_state_dict(pending)
-        self._epoch = EpochRecord(**state_dict["epoch"])
+        self._position = None if position is None else EpochPosition.from_state_dict(position)
+        self._random = None if random is None else RandomStates.from_state_dict(random)
+        self._owed = state_dict["owed"]
         self._measured_since_growth = state_dict["measured_since_growth"]
         self._scale.load_state_dict(state_dict["learning_rate"])
         self._clock.load_state_dict(state_dict["clock"])

@@ -1,13 +1,10 @@
 """What is kept of a run whose batch grows."""
 
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_graddiv.batching.accumulation import every
-from lightning_graddiv.batching.loops import goes_on_with_an_epoch, set_epoch_end, set_validations, validations
 from lightning_graddiv.diversity import DiversityEstimate
 
 
@@ -45,46 +42,6 @@ class Growth:
     def from_state_dict(cls, state: dict[str, Any]) -> "Growth":
         """Return the decision that :meth:`state_dict` was taken from."""
         return cls(**{**state, "estimate": DiversityEstimate(**state["estimate"])})
-
-
-@dataclass
-class EpochRecord:
-    """How far the epoch that runs has come, for a checkpoint.
-
-    Attributes:
-        batches: micro-batches that it has; infinite for a stream.
-        validations: it validates every so many batches, counted from a batch; None where they do not matter.
-        taken: micro-batches in its optimizer steps so far.
-        examples: examples of one process in its optimizer steps so far.
-    """
-
-    batches: float = math.inf
-    validations: Sequence[int] | None = None
-    taken: int = 0
-    examples: int = 0
-
-    def note(self, trainer: Any) -> None:
-        """Take down the epoch's present length."""
-        self.batches = float(trainer.num_training_batches)
-        self.validations = validations(trainer)
-
-    def step(self, batch_idx: int, examples: int) -> None:
-        """An optimizer step has ended with batch ``batch_idx``."""
-        self.taken = batch_idx + 1
-        self.examples += examples
-
-    def restore(self, trainer: Any) -> None:
-        """Give an epoch that goes on after a checkpoint its own length and windows back."""
-        if goes_on_with_an_epoch(trainer):
-            set_epoch_end(trainer, self.batches)
-            trainer.accumulate_grad_batches = every(int(trainer.accumulate_grad_batches), self.taken)
-            if self.validations is not None:
-                interval, origin = self.validations
-                set_validations(trainer, interval, origin)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the record as primitives."""
-        return {**asdict(self), "validations": self.validations and list(self.validations)}
 
 
 def explain(estimate: DiversityEstimate, confidence: float, allowed: float, batch_size: int) -> str:

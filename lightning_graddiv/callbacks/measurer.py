@@ -49,6 +49,8 @@ _SAID = {
 _MOST_SURPRISES = 3
 """Measurements in a row in which a step did other than was proven right before it."""
 
+_LEARNT = ("_attempts", "_successes", "_basis", "_couples_ranks", "_regroups", "_uncovered_in_a_row")
+
 _NOTHING_COVERED = MeasurementError("no layer with a rule holds its parameters.", lasting=True)
 
 
@@ -92,6 +94,17 @@ class StepMeasurer:
         idle = StepMeasurer.__new__(StepMeasurer)
         idle._reset()
         return {**self.__dict__, **idle.__dict__}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been learnt of the model, and what the seeds are made of."""
+        return {"engines": list(self._engines), **{name: getattr(self, name) for name in _LEARNT}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; the choice of engines only if these are among those asked for."""
+        if set(state["engines"]) <= set(self._engines):
+            self._engines = list(state["engines"])
+        for name in _LEARNT:
+            setattr(self, name, state[name])
 
     @property
     def engine(self) -> str:

@@ -1,5 +1,6 @@
 """The callback that measures gradient diversity while a model trains."""
 
+import copy
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,6 +79,10 @@ class GradientDiversityMonitor(Callback):
 
     Attributes:
         latest: the latest estimate, the same on every process; None before the first.
+        optimizer_steps: taken, by the callback's own count.
+        examples_seen: trained on, over all processes.
+        measurements: that were good.
+        dropped: measurements that were not, for example of gradients that are not finite.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class GradientDiversityMonitor(Callback):
         self.optimizer_steps = 0
         self.examples_seen = 0.0
         self.measurements = 0
+        self.dropped = 0
         self._window.clear()
         self._measurer = StepMeasurer(self.engine, self.max_examples, type(self).__name__)
         self._measured: GradientMoments | None = None
@@ -124,6 +130,7 @@ class GradientDiversityMonitor(Callback):
         self._is_due = False
         self._size: tuple[int | None, int] | None = None
         self._refusals = Refusals()
+        self._saved: dict[str, Any] = {}
 
     @property
     @override
@@ -163,10 +170,12 @@ class GradientDiversityMonitor(Callback):
             self.latest = self._window.estimate(self._dataset_size, self.confidence)
         self._stopwatch = Stopwatch()
         self._stopwatch.resume()
+        self._save(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._count_dataset(trainer)  # a limit in batches reaches more examples after growth
+        self._save(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,6 +185,12 @@ class GradientDiversityMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._stopwatch.resume()
+        if self._is_between_steps:
+            self._save(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -197,9 +212,9 @@ class GradientDiversityMonitor(Callback):
             self._measurer.micro_batch(trainer, pl_module, batch_idx)
 
     def _opens_a_step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
+        begins, self._is_between_steps = self._is_between_steps, False
         if pl_module.automatic_optimization:
             return batch_idx % trainer.accumulate_grad_batches == 0
-        begins, self._is_between_steps = self._is_between_steps, False
         return begins
 
     @override
@@ -219,7 +234,12 @@ class GradientDiversityMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.examples_seen += self._drawn_examples(trainer, batch_idx) * trainer.world_size
+        self._end_batch(trainer, pl_module, outputs, (batch, batch_idx))
+        if self._stepped:
+            self._save(trainer)
+
+    def _end_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, seen: tuple[Any, int]) -> None:  # noqa: ARG002 - for those who do more
+        self.examples_seen += self._drawn_examples(trainer, seen[1]) * trainer.world_size
         self.optimizer_steps += self._stepped
         if self._stepped:
             self._stopwatch.end_step(trainer.strategy.root_device, is_measured=self._is_measured_step)
@@ -236,14 +256,31 @@ class GradientDiversityMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._measurer.close()
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
+    def _save(self, trainer: Trainer) -> None:
+        """Take down the state as it is now: between two optimizer steps, where training can go on after a checkpoint.
+
+        Checkpoints are asked for at any time, by a signal handler too, and on one process alone.
+        """
+        self._saved = self._snapshot(trainer)
+
+    def _snapshot(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the state, quickly: what takes time is left to :meth:`state_dict`."""
         return {
+            "global_step": trainer.global_step,
             "optimizer_steps": self.optimizer_steps,
             "examples_seen": self.examples_seen,
             "measurements": self.measurements,
-            "window": self._window.state_dict(),
+            "dropped": self.dropped,
+            "is_due": self._is_due,
+            "basis": self._basis,
+            "measurer": self._measurer.state_dict(),
+            "window": copy.copy(self._window),
         }
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state after the latest optimizer step, as tensors and primitives; empty before training."""
+        return {name: _primitive(value) for name, value in self._saved.items()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -252,6 +289,10 @@ class GradientDiversityMonitor(Callback):
         self.optimizer_steps = state_dict["optimizer_steps"]
         self.examples_seen = state_dict["examples_seen"]
         self.measurements = state_dict["measurements"]
+        self.dropped = state_dict["dropped"]
+        self._is_due = state_dict["is_due"]
+        self._basis = state_dict["basis"]
+        self._measurer.load_state_dict(state_dict["measurer"])
         self._window.load_state_dict(state_dict["window"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -281,6 +322,7 @@ class GradientDiversityMonitor(Callback):
             refusal = MeasurementError("Every per-example gradient is exactly zero: their diversity is undefined.")
             moments = None
         if moments is None:
+            self.dropped += 1
             self._refusals.say(type(self).__name__, self._opened_step, refusal)
             return
         self._restart_if_resized(trainer)
@@ -331,3 +373,10 @@ class GradientDiversityMonitor(Callback):
     def _learning_rate_factor(self) -> float:
         """How much faster the optimizer steps than its learning rate says."""
         return 1.0
+
+
+def _primitive(value: Any) -> Any:
+    """Return what ``torch.load`` takes with its defaults."""
+    if isinstance(value, tuple):
+        return [_primitive(item) for item in value]
+    return value.state_dict() if hasattr(value, "state_dict") else value

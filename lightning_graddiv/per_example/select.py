@@ -88,9 +88,13 @@ class PerExampleEngine:
             self._is_trusted = False  # until this check has passed
             measured = self._checked(loss, batch, total)
             self._is_trusted = True
+        if measured is not None:
             return measured
+        with measuring(loss.module, seed):  # the noise is that of a measurement without a check
+            return self._measure(loss, batch, total)
 
-    def _checked(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
+    def _checked(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients | None:
+        """Check, and return what was measured with it; None where that was without the noise of the step."""
         sample = check_separable(loss, batch, total, seed=self._measured)
         if self._engine is functional_gradients:
             try:
@@ -100,7 +104,7 @@ class PerExampleEngine:
         with noise_off(high=True) as noise, writes_refused(loss.module), full_precision():
             measured = self._measure(loss, batch, total)
             check_sum(loss, batch, measured)
-        return self._measure(loss, batch, total) if noise.drawn else measured
+        return None if noise.drawn else measured
 
     def _measure(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients:
         try:

@@ -301,7 +301,6 @@ class TestTheEpochStaysAnEpoch:
             fit(callback, limit_train_batches=0.25, epochs=6)
         assert callback.batch_size == 16
 
-    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
     @pytest.mark.parametrize("reload", [0, 1])
     def test_an_interval_longer_than_a_grown_epoch_survives_loaders_made_anew(self, reload, tmp_path):
         class OwnLoaders(ValidatedAudit):
@@ -575,7 +574,6 @@ class TestLearningRate:
 
 
 # Lightning tells an epoch's end by equally many steps in each, which grown epochs have not: a false alarm there.
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 class TestResume:
     """A checkpoint of an epoch's end goes on with the grown batch, as if training had not stopped."""
 
@@ -669,19 +667,6 @@ class TestResume:
             ckpt_path=str(tmp_path / "epoch=1.ckpt"),
         )
         assert [len(module.steps_of(epoch)) for epoch in (2, 3)] == [4, 4]
-
-    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-    def test_in_mid_epoch_the_batch_stays_what_it_was(self, tmp_path):
-        """Which examples are left of that epoch is Lightning's affair still; lengths, sizes and rates are ours."""
-        checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=6)
-        self.whole(callbacks=[checkpoint], enable_checkpointing=True)
-        resumed, module, trainer = self.whole(
-            callbacks=[checkpoint], enable_checkpointing=True, ckpt_path=str(tmp_path / "step=18.ckpt")
-        )
-        assert sizes(module.steps_of(1)) == [8, 16]
-        assert sizes_by_epoch(module) == [8, 16, 16]
-        assert [(g.epoch, g.to_batch_size) for g in resumed.history] == [(0, 8), (1, 16)]
-        assert trainer.global_step == 28
 
     def test_the_state_loads_with_lightnings_defaults(self, tmp_path):
         checkpoint = ModelCheckpoint(tmp_path, save_last=True)
