@@ -158,3 +158,17 @@ def test_a_step_with_collectives_is_measured_between_consecutive_steps(runs):
     assert first["measurements"] == second["measurements"] == 4
     assert "`self.all_gather`" in first["said"][0]
     assert len(first["said"]) == 1
+
+
+def test_a_micro_batch_that_one_process_has_no_room_for_is_made_up_on_both(runs):
+    first, second = runs(ddp_runs.no_room_on_one_process)
+    assert first["history"] == second["history"] == [16, 32, 64]
+    assert first["micro_batches"] == second["micro_batches"] == 8
+    assert first["cap"] == second["cap"] == 15
+    assert first["seen"] == second["seen"] == [[ddp_runs.EXAMPLES, 0]] * 3
+
+
+def test_a_micro_batch_is_tried_without_the_other_processes(runs):
+    alone, _ = runs(ddp_runs.tried_by_one_process_alone)
+    assert alone["verdicts"] == ["FITS", "UNTRIED"]
+    assert "calls a collective" in alone["reason"]
