@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -265,6 +266,48 @@ class TestTrainingIsUntouched:
     def test_compiled(self, trials, backend):
         untouched(trials, compiled=backend, epochs=1)
         torch._dynamo.reset()
+
+    def test_nothing_is_compiled_for_it(self, monkeypatch):
+        compiled = []
+
+        def backend(graph, inputs):
+            compiled.append(len(inputs))
+            return graph.forward
+
+        doubled = torch.compile(lambda x: 2 * x, backend=backend, dynamic=False)
+
+        class Partly(AuditModule):
+            def training_step(self, batch, batch_idx):
+                return super().training_step((doubled(batch[0]),), batch_idx)
+
+        run = MicroBatchTrial.run
+
+        def looked_at(*args):
+            before = len(compiled)
+            result = run(*args)
+            assert len(compiled) == before > 0  # plain steps came before
+            return result
+
+        monkeypatch.setattr(MicroBatchTrial, "run", looked_at)
+        fit(Partly(EXAMPLES), adaptive(engine="microbatch", every_n_steps=3), epochs=1)
+        assert len(compiled) > 1
+        torch._dynamo.reset()
+
+    def test_loggers_hear_nothing(self):
+        class Heard(DummyLogger):
+            sizes: list[float] = []  # noqa: RUF012 - of all of them
+
+            def log_metrics(self, metrics, step=None):
+                self.sizes += [metrics["size"]] if "size" in metrics else []
+
+        class Logs(AuditModule):
+            def training_step(self, batch, batch_idx):
+                self.logger.log_metrics({"size": len(batch[0])})
+                return super().training_step(batch, batch_idx)
+
+        module, logger = Logs(EXAMPLES), Heard()
+        fit(module, adaptive(engine="microbatch"), logger=logger)
+        assert Heard.sizes == module.micro_batches
 
     def test_gradients_of_a_window_that_is_under_way(self, trials):
         def accumulated(**given):
