@@ -15,8 +15,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor
+from lightning_graddiv.callbacks.trial import MicroBatchTrial
 from tests import loader_matrix
 from tests.audit import AuditModule, loader, quiet_trainer
 
@@ -173,22 +175,50 @@ def divergent_policies(rank):
 
 
 def lengths_that_would_part(rank):
-    """Nine and ten examples are three batches of four on each process, but of nine: one here, two there."""
+    """Nine and ten examples are three batches of three on each process, but of nine: one here, two there."""
 
     class Shards(AuditModule):
         def train_dataloader(self):
             rows = torch.eye(19)
             return DataLoader(TensorDataset(rows[:9] if self.trainer.global_rank == 0 else rows[9:]), 3)
 
+    return shares(Shards(19), growth_factor=3, limit_train_batches=3)
+
+
+def shares(module, growth_factor=2, **kwargs):
     callback = AdaptiveBatchSize(
-        every_n_steps=1, max_batch_size=64, cooldown=0, growth_factor=3, policy=lambda estimate, run: 1000.0
+        every_n_steps=1, max_batch_size=64, cooldown=0, growth_factor=growth_factor, policy=lambda estimate, run: 1000.0
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = two_processes(callback, epochs=2, use_distributed_sampler=False, limit_train_batches=3)
-        trainer.fit(Shards(19))
-    said = sum("would not have equally many" in str(warning.message) for warning in caught)
-    return {"history": callback.history, "steps": trainer.global_step, "said": said}
+        trainer = two_processes(callback, epochs=3, use_distributed_sampler=False, **kwargs)
+        trainer.fit(module)
+    said = [str(warning.message) for warning in caught if "in different numbers" in str(warning.message)]
+    return {
+        "history": [growth.to_batch_size for growth in callback.history],
+        "steps": [module.step_epochs.count(epoch) for epoch in range(3)],
+        "said": said,
+    }
+
+
+def shards_of_two_sizes(rank):
+    class Shards(AuditModule):
+        def train_dataloader(self):
+            rows = torch.eye(48)
+            return DataLoader(TensorDataset(rows[:13] if self.trainer.global_rank == 0 else rows[13:]), 2)
+
+    return shares(Shards(48))
+
+
+def an_empty_shard(rank):
+    class Shards(AuditModule):
+        allow_zero_length_dataloader_with_multiple_devices = True
+
+        def train_dataloader(self):
+            rows = torch.eye(19)
+            return DataLoader(TensorDataset(rows[:0] if self.trainer.global_rank == 0 else rows), 3)
+
+    return shares(Shards(19))
 
 
 def batches_of_two_sizes(rank):
@@ -260,7 +290,66 @@ def leftovers(rank):
     return {"measurements": monitor.measurements, "steps": trainer.global_step}
 
 
+def no_room_on_one_process(rank):
+    """The second process has room for eight examples, the first for any number."""
+
+    class Narrow(AuditModule):
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]) > 8 and rank == 1:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().training_step(batch, batch_idx)
+
+    callback = AdaptiveBatchSize(
+        every_n_steps=1, max_batch_size=64, cooldown=0, warm_in=0, policy=lambda estimate, run: 1000.0
+    )
+    module = Narrow(EXAMPLES)
+    two_processes(callback, epochs=3).fit(module, loader(EXAMPLES, 4))
+    return {
+        "micro_batches": max(module.micro_batches),
+        "history": [growth.to_batch_size for growth in callback.history],
+        "cap": callback.state_dict()["micro_batch_cap"],
+        "seen": [seen_in(module, epoch) for epoch in range(3)],
+    }
+
+
+class Coupled(Regression):
+    """Normalises, gathers and logs over all processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.insert(1, nn.SyncBatchNorm(5).double())
+        self.mean = MeanMetric(sync_on_compute=True, dist_sync_on_step=True)
+
+    def training_step(self, batch, batch_idx):
+        self.all_gather(batch[0])
+        loss = super().training_step(batch, batch_idx)
+        self.log("mean", self.mean(loss), sync_dist=True)
+        return loss
+
+
+def tried_by_one_process_alone(rank):
+    """A collective in it would wait for the other one in vain."""
+    monitor = GradientDiversityMonitor(every_n_steps=1)
+    trainer = two_processes(monitor)
+    trainer.fit(Noisy())
+    if rank > 0:
+        return {}
+    module, batch = Coupled(), [values[:4] for values in regression_data()]
+    module.trainer = trainer
+    results = [MicroBatchTrial(trainer, each, batch, 0).run(16, 4) for each in (module, Reduces())]
+    return {"verdicts": [result.verdict.name for result in results], "reason": results[-1].reason}
+
+
+class Reduces(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        torch.distributed.all_reduce(loss.detach())
+        return loss
+
+
 RUNS = (
+    no_room_on_one_process,
+    tried_by_one_process_alone,
     leftovers,
     masks,
     uneven_shards,
@@ -268,6 +357,8 @@ RUNS = (
     growth_with_workers_and_tails,
     corners,
     lengths_that_would_part,
+    shards_of_two_sizes,
+    an_empty_shard,
     batches_of_two_sizes,
     same_data,
     sampled_data,

@@ -119,11 +119,26 @@ def test_on_every_kind_of_data_idle_changes_nothing_and_growth_loses_nothing(run
         assert sum(of_grown) >= once + twice - (16 if corner.drop_last or corner.limit == "half" else 0)
 
 
-def test_lengths_that_would_part_keep_the_batch_as_it_is(runs):
-    assert runs(ddp_runs.lengths_that_would_part) == [
-        {"history": [], "steps": 6, "said": 1},
-        {"history": [], "steps": 6, "said": 0},
-    ]
+def test_processes_of_which_one_has_fewer_of_the_larger_batches_end_together(runs):
+    first, second = runs(ddp_runs.lengths_that_would_part)
+    assert first == second
+    assert first["history"] == [18]
+    assert first["steps"][1:] == [1, 1]
+
+
+def test_processes_with_shards_of_two_sizes_end_together_before_growth_and_after(runs):
+    first, second = runs(ddp_runs.shards_of_two_sizes)
+    assert first["history"] == second["history"]
+    assert first["steps"] == second["steps"]
+    assert len(first["history"]) >= 2
+    assert first["steps"][0] > first["steps"][1] >= first["steps"][2] > 0
+    assert "the fewest 7. Each epoch ends after those" in first["said"][0]
+
+
+def test_a_process_without_data_ends_the_training_of_all(runs):
+    for result in runs(ddp_runs.an_empty_shard):
+        assert result["steps"] == [0, 0, 0]
+    assert "the fewest 0" in runs(ddp_runs.an_empty_shard)[0]["said"][0]
 
 
 def test_batches_of_two_sizes_are_refused_by_both(runs):
@@ -158,3 +173,17 @@ def test_a_step_with_collectives_is_measured_between_consecutive_steps(runs):
     assert first["measurements"] == second["measurements"] == 4
     assert "`self.all_gather`" in first["said"][0]
     assert len(first["said"]) == 1
+
+
+def test_a_micro_batch_that_one_process_has_no_room_for_is_made_up_on_both(runs):
+    first, second = runs(ddp_runs.no_room_on_one_process)
+    assert first["history"] == second["history"] == [16, 32, 64]
+    assert first["micro_batches"] == second["micro_batches"] == 8
+    assert first["cap"] == second["cap"] == 15
+    assert first["seen"] == second["seen"] == [[ddp_runs.EXAMPLES, 0]] * 3
+
+
+def test_a_micro_batch_is_tried_without_the_other_processes(runs):
+    alone, _ = runs(ddp_runs.tried_by_one_process_alone)
+    assert alone["verdicts"] == ["FITS", "UNTRIED"]
+    assert "calls a collective" in alone["reason"]

@@ -6,6 +6,7 @@ workers and re-reads the user's batch size; there is none to change a loader's l
 :func:`missing_privates` names any, nothing else in here is called but :func:`train_loaders`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from itertools import count
@@ -14,9 +15,11 @@ from typing import Any
 
 import lightning
 from lightning.fabric.utilities.data import sized_len
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_graddiv.batching.accumulation import every
 from lightning_graddiv.batching.sampler import Pass
+from lightning_graddiv.distributed import smallest_over_ranks
 
 _NEEDED_BEFORE = (
     "strategy.process_dataloader",
@@ -83,6 +86,8 @@ class TrainLoaderWatch:
                 trainer.val_check_interval = interval
                 trainer.strategy.__dict__.pop("process_dataloader", None)
             is_new = trainer.fit_loop._combined_loader is not before
+            if is_new:
+                end_together(trainer)
             on_epoch()
             # An epoch that goes on after a checkpoint keeps the lengths that it had.
             if is_resized() and train_loaders(trainer) and (is_new or draws_a_new_epoch(trainer)):
@@ -171,7 +176,7 @@ def refresh_lengths(trainer: Any) -> None:
     combined.limits = limits
     combined._iterator.limits = limits
     batches = sized_len(combined)
-    set_epoch_end(trainer, float("inf") if batches is None else batches)
+    set_epoch_end(trainer, _of_shortest(trainer, float("inf") if batches is None else batches))
     if trainer.val_check_batch is None:  # validation goes by the clock
         return
     interval = trainer.val_check_interval
@@ -180,6 +185,28 @@ def refresh_lengths(trainer: Any) -> None:
         trainer.val_check_batch = min(interval, trainer.num_training_batches) if every_epoch else interval
     elif trainer.num_training_batches != float("inf"):
         trainer.val_check_batch = max(1, int(trainer.num_training_batches * interval))
+
+
+def end_together(trainer: Any) -> None:
+    """Let an epoch end on all processes with the one that has the fewest batches, which the others would wait for."""
+    batches = float(trainer.num_training_batches)
+    fewest = _of_shortest(trainer, batches)
+    (differs,) = smallest_over_ranks([-float(fewest != batches)], trainer.strategy.root_device)
+    if differs == 0:
+        return
+    rank_zero_warn(
+        f"AdaptiveBatchSize: the processes have training batches in different numbers, the fewest {fewest:.0f}. Each "
+        "epoch ends after those, for one process would wait for another in vain. Give every process as many examples."
+    )
+    if fewest != batches:
+        set_epoch_end(trainer, fewest)
+    if fewest > 0 and isinstance(trainer.val_check_interval, float) and trainer.val_check_batch is not None:
+        trainer.val_check_batch = max(1, int(fewest * trainer.val_check_interval))
+
+
+def _of_shortest(trainer: Any, batches: float) -> float:
+    (fewest,) = smallest_over_ranks([batches], trainer.strategy.root_device)
+    return fewest if math.isinf(fewest) else int(fewest)
 
 
 def set_epoch_end(trainer: Any, batches: float) -> None:

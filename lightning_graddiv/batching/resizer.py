@@ -55,6 +55,7 @@ class BatchResizer:
         base: the plan that the user's loader and trainer make; None before that is known.
         plan: the plan now.
         window: the micro-batches of the optimizer step that is under way.
+        micro_batch_cap: the most examples that one process takes at a time, as far as memory allows; None if any.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class BatchResizer:
     ) -> None:
         self.base: BatchPlan | None = None
         self.plan = BatchPlan(1)
+        self.micro_batch_cap: int | None = None
         self._missing = loops.missing_privates(trainer, is_set_up=False)
         self.window = Window(self.plan, (1,))
         self._trainer = trainer
@@ -96,6 +98,15 @@ class BatchResizer:
         if self.base is None:
             raise RuntimeError("The loader's batch size is not known before its first batch.")
         return self.base
+
+    @property
+    def has_larger_micro_batch(self) -> bool:
+        """Whether it trains on larger micro-batches than the user's loader makes."""
+        return self.base is not None and self.plan.micro_batch_size > self.base.micro_batch_size
+
+    def micro_batch_of(self, batch_size: int) -> int:
+        """Return the micro-batch of an effective batch size that was trained on."""
+        return self._plan_of(batch_size).micro_batch_size
 
     @property
     def works_within_epochs(self) -> bool:
@@ -231,6 +242,11 @@ class BatchResizer:
     def global_step(self) -> int:
         """The optimizer steps that the trainer has taken."""
         return int(self._trainer.global_step)
+
+    @property
+    def epoch_end(self) -> float:
+        """The batches of the epoch that runs."""
+        return float(self._trainer.num_training_batches)
 
     def earliest(self) -> int:
         """Return the first batch of this epoch that could belong to another plan; asked where a window has ended."""
@@ -462,10 +478,10 @@ class BatchResizer:
         return plan
 
     def _micro_batch_limit(self, base: BatchPlan) -> int:
-        own = base.micro_batch_size
+        own, cap = base.micro_batch_size, self.micro_batch_cap or 2**62
         if self._max_micro_batch_size is not None:
-            return max(own, self._max_micro_batch_size)
-        return own if self._accumulate > 1 else 2**62
+            return max(own, min(self._max_micro_batch_size, cap))
+        return own if self._accumulate > 1 else max(own, cap)
 
     def _is_grown(self, plan: BatchPlan) -> bool:
         return self.base is not None and plan != self.base

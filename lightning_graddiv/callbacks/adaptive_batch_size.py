@@ -26,8 +26,11 @@ from lightning_graddiv.callbacks.checks import (
 )
 from lightning_graddiv.callbacks.decision import GrowthDecision
 from lightning_graddiv.callbacks.growth import Growth, Throughput, explain
+from lightning_graddiv.callbacks.micro_batch import MicroBatchSizes
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
+from lightning_graddiv.callbacks.out_of_memory import is_out_of_memory, name_cures
 from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
+from lightning_graddiv.callbacks.trial import MicroBatchTrial
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
@@ -60,8 +63,11 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         delta: accepted loss of efficiency in ``B <= delta * B_S + 1``. Used where ``policy`` is None.
         policy: ``policy(estimate, run) -> largest effective batch size allowed``. None: ``DiversityBound(delta)``.
         growth_factor: integer of at least 2.
-        max_micro_batch_size: the most examples that one process takes at a time. None: no limit; the loader's own batch
-            size if gradients are accumulated already or the loader's batches cannot be changed.
+        max_micro_batch_size: the most examples that one process takes at a time. None: as many as memory allows; the
+            loader's own batch size if gradients are accumulated already or the loader's batches cannot be changed. A
+            larger micro-batch is tried before it is adopted, by one forward and backward pass on a copy; accumulation
+            makes up for one that fails. One that cannot be tried, under FSDP2 for example, is adopted only if this is
+            given.
         cooldown: measurements after a growth before the next, and probes that a growth needs (no more than ``window``).
         scale_lr: ``"gain"``, ``"linear"``, ``"sqrt"``, None, or ``"auto"``: gain for SGD, its square root for any other
             optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`. A parameter group
@@ -113,6 +119,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     ) -> None:
         self._scale = LearningRateScale(scale_lr, warm_in)
         self._resizer: BatchResizer | None = None
+        self.max_micro_batch_size = max_micro_batch_size
         super().__init__(every_n_steps, engine, max_examples, window, confidence, log_prefix)
         require(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
         is_factor = isinstance(growth_factor, int) and growth_factor >= 2
@@ -126,7 +133,6 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self.policy: Policy = DiversityBound(delta) if policy is None else policy
         self.growth_factor = growth_factor
         self._decision = GrowthDecision(self.policy, growth_factor, max_batch_size)
-        self.max_micro_batch_size = max_micro_batch_size
         self.cooldown = cooldown
         self.scale_lr = scale_lr
         self.merge_batches = merge_batches
@@ -143,6 +149,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._position: EpochPosition | None = None
         self._random: RandomStates | None = None
         self._owed = 0
+        self._micro_batches = MicroBatchSizes(trusts=self.max_micro_batch_size is not None)
         self._measured_since_growth = 0
         self._throughput = Throughput()
         self._moments: GradientMoments | None = None
@@ -180,6 +187,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resizer = self._running()
         self._clock.start(trainer.estimated_stepping_batches, ends_by_steps=trainer.max_steps != -1)
+        resizer.micro_batch_cap = self._micro_batches.cap
         resizer.start(self._size_to_go_on_with(), self._position, self._random)
         self._take_size(trainer)
         for limit in resizer.limits:
@@ -244,7 +252,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             self._clock.advance(pl_module, resizer.base_steps, resizer.known_base.accumulate)
             resizer.step()
         if is_measured and self.latest is not None:
-            self._decide(trainer, self.latest)
+            self._decide(trainer, self.latest, MicroBatchTrial(trainer, pl_module, *seen))
         if self._stepped:
             self._note_position()
 
@@ -256,6 +264,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._save_step_under_way()
+        if self._resizer is not None and trainer.training and is_out_of_memory(exception):
+            earlier = [growth.from_batch_size for growth in self.history]
+            name_cures(exception, self._resizer, earlier, self._measurer.engine if self._measurer.is_open else None)
         super().on_exception(trainer, pl_module, exception)
         self._let_go()
 
@@ -274,6 +285,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             "random": self._random,
             "owed": self._owed,
             "measured_since_growth": self._measured_since_growth,
+            "micro_batch_cap": self._micro_batches.cap,
+            "micro_batch_cap_is_untried": self._micro_batches.is_untried,
             "learning_rate": self._scale.state_dict(),
             "clock": self._clock.state_dict(),
             "loss": self._loss,
@@ -321,6 +334,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._random = None if random is None else RandomStates.from_state_dict(random)
         self._owed = state_dict["owed"]
         self._measured_since_growth = state_dict["measured_since_growth"]
+        is_untried = state_dict.get("micro_batch_cap_is_untried", False)
+        self._micro_batches.load(state_dict.get("micro_batch_cap"), is_untried=is_untried)
         self._scale.load_state_dict(state_dict["learning_rate"])
         self._clock.load_state_dict(state_dict["clock"])
         self._loss = state_dict["loss"]
@@ -352,7 +367,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         require_one_size(resizer.base.micro_batch_size, trainer.strategy.root_device)
         self.batch_size = resizer.plan.batch_size
 
-    def _decide(self, trainer: Trainer, estimate: DiversityEstimate) -> None:
+    def _decide(self, trainer: Trainer, estimate: DiversityEstimate, trial: MicroBatchTrial) -> None:
         """Prepare to grow if the policy allows the whole factor: from the first window that is not drawn yet."""
         resizer = self._running()
         if not self.history:
@@ -361,7 +376,17 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             return
         run, device = self._run_state(trainer), trainer.strategy.root_device
         at_most = self._stable_size(trainer, estimate)
-        taken = self._decision.take(estimate, run, resizer, device, self._refusals, at_most=at_most)
+        with self._stopwatch.measuring(device):
+            taken = self._decision.take(
+                estimate,
+                run,
+                resizer,
+                device,
+                self._refusals,
+                at_most=at_most,
+                sizes=self._micro_batches,
+                trial=trial,
+            )
         if taken is None:
             return
         offer, allowed = taken

@@ -1,12 +1,15 @@
 """Whether the batch may grow: the policy's answer, and what all processes can do."""
 
 import math
+from dataclasses import replace
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_graddiv.batching.resizer import BatchResizer, Offer
+from lightning_graddiv.callbacks.micro_batch import MicroBatchSizes
 from lightning_graddiv.callbacks.refusals import Refusals
+from lightning_graddiv.callbacks.trial import MicroBatchTrial
 from lightning_graddiv.distributed import smallest_over_ranks
 from lightning_graddiv.diversity import DiversityEstimate
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
@@ -35,6 +38,8 @@ class GrowthDecision:
         said: Refusals,
         *,
         at_most: float = math.inf,
+        sizes: MicroBatchSizes,
+        trial: MicroBatchTrial,
     ) -> tuple[Offer, float] | None:
         """Return what to go on with, and what the policy allowed; None to stay. Every process must call this.
 
@@ -45,6 +50,8 @@ class GrowthDecision:
             device: of collectives.
             said: what has been warned of.
             at_most: another limit than the policy's.
+            sizes: of a micro-batch, as far as they were tried.
+            trial: by which to try others.
         """
         allowed = float(self.policy(estimate, run))
         allowed = 0.0 if math.isnan(allowed) else min(allowed, at_most)
@@ -52,25 +59,26 @@ class GrowthDecision:
         target = run.batch_size * self.growth_factor
         if target > min(allowed, self.max_batch_size):
             return None
-        offer = resizer.offer(target, int(-latest))
-        lengths = [] if offer is None else [offer.at if offer.now else -1.0, offer.end, offer.whole]
-        fits, *ends = smallest_over_ranks([float(offer is not None), *_both_ways(lengths or [0.0] * 3)], device)
+        offer = self._offer(target, resizer, int(-latest), device, said)
+        while offer is not None and not sizes.admit(offer.plan.micro_batch_size, resizer.plan.micro_batch_size, trial):
+            resizer.micro_batch_cap = sizes.cap
+            offer = self._offer(target, resizer, int(-latest), device, said)
+        return None if offer is None else (offer, allowed)
+
+    def _offer(self, target: int, resizer: BatchResizer, at: int, device: torch.device, said: Refusals) -> Offer | None:
+        """Return the resizer's offer, if all processes have one: of as many batches as the process with the fewest."""
+        offer = resizer.offer(target, at)
+        lengths = [0.0] * 3 if offer is None else [float(offer.now is not None), offer.end, offer.whole]
+        fits, is_now, end, whole = smallest_over_ranks([float(offer is not None), *lengths], device)
         if not fits or offer is None:
             if said.is_new("epoch"):
                 rank_zero_warn(
                     f"AdaptiveBatchSize: an epoch does not hold a single batch of {target} examples, so the batch "
-                    f"stays at {run.batch_size}."
+                    f"stays at {target // self.growth_factor}."
                 )
             return None
-        if any(shortest != -longest for shortest, longest in zip(ends[::2], ends[1::2], strict=True)):
-            if said.is_new("lengths"):
-                rank_zero_warn(
-                    f"AdaptiveBatchSize: with batches of {target} examples the processes would not have equally many, "
-                    f"and one would wait for another in vain. The batch stays at {run.batch_size}. Give each process "
-                    "the same number of examples, or limit the epoch by `limit_train_batches`."
-                )
-            return None
-        return offer, allowed
+        now = offer.now if is_now and at < end else None
+        return replace(offer, now=now, end=end if now else resizer.epoch_end, whole=whole)
 
     def warn_of_a_start_too_large(self, estimate: DiversityEstimate, batch_size: int, said: Refusals) -> None:
         """Say once that training starts with more than even the upper end of the interval allows."""
@@ -83,8 +91,3 @@ class GrowthDecision:
                 f"that the policy allows even at the upper end of the interval (B_S <= {estimate.upper:.4g}). The "
                 "batch never shrinks: start with a smaller one."
             )
-
-
-def _both_ways(numbers: list[float]) -> list[float]:
-    """Return each number and its opposite: the smallest of both, over processes, tell whether all are equal."""
-    return [signed for number in numbers for signed in (number, -number)]

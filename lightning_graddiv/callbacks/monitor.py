@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_graddiv.batching.dataset_size import distinct_examples
 from lightning_graddiv.batching.learning_rate import largest_learning_rate
-from lightning_graddiv.batching.loops import single_train_loader
+from lightning_graddiv.batching.loops import single_train_loader, updates_statistics
 from lightning_graddiv.batching.sampler import drawn_batch_size, drawn_examples
 from lightning_graddiv.callbacks.checks import (
     require,
@@ -194,6 +194,8 @@ class GradientDiversityMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if updates_statistics(trainer):
+            return
         opens = self._opens_a_step(trainer, pl_module, batch_idx)
         if opens:
             self._stopwatch.begin_step()
@@ -234,6 +236,8 @@ class GradientDiversityMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if updates_statistics(trainer):
+            return
         self._end_batch(trainer, pl_module, outputs, (batch, batch_idx))
         if self._stepped:
             self._save(trainer)

@@ -85,6 +85,28 @@ def select(batch: Any, examples: Sequence[int], total: int) -> Any:
     return _map_leaves(batch, pick, kinds)
 
 
+def repeated(batch: Any, examples: int, at_most: int | None = None) -> Any:
+    """Return a batch of so many examples, which are those of ``batch`` over and over.
+
+    Args:
+        batch: the batch.
+        examples: how many it is to have; fewer than it has are its first.
+        at_most: see :func:`count_examples`.
+
+    Raises:
+        MeasurementError: as :func:`count_examples`; or a tensor has other rows than examples, and nobody knows how many
+            it would have in a larger batch.
+    """
+    total = count_examples(batch, at_most)
+    others = {leaf.shape[0] for leaf in tensor_leaves(batch) if leaf.ndim > 0} - {total}
+    if others:
+        raise MeasurementError(
+            f"The batch of {total} examples holds tensors of {sorted(others)} rows, which cannot be repeated.",
+            lasting=True,
+        )
+    return select(batch, [i % total for i in range(examples)], total)
+
+
 def has_row_per_example(leaf: Tensor, total: int) -> bool:
     """Tell whether the tensor's leading dimension runs over the examples."""
     return leaf.ndim > 0 and leaf.shape[0] == total

@@ -206,18 +206,19 @@ def _training_step_loss(module: nn.Module, step_args: tuple[Any, ...] | None) ->
             "Expected argument `loss_fn` to be a function of (module, batch), because "
             f"`{type(module).__name__}` is not a LightningModule, but got None"
         )
-    arguments = _default_step_args(module) if step_args is None else step_args
+    arguments = default_step_args(module) if step_args is None else step_args
     if not module.automatic_optimization:
         return lambda shadow, batch: loss_of_manual_step(shadow, (batch, *arguments))
     return lambda shadow, batch: shadow.training_step(batch, *arguments)  # type: ignore[operator]
 
 
-def _default_step_args(module: nn.Module) -> tuple[Any, ...]:
+def default_step_args(module: nn.Module, batch_idx: int = 0) -> tuple[Any, ...]:
+    """Return what ``training_step`` receives after the batch: its index, if it takes one."""
     parameters = inspect.signature(module.training_step).parameters.values()  # type: ignore[arg-type]
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return (0,)
+        return (batch_idx,)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return (0,) if len(positional) > 1 else ()
+    return (batch_idx,) if len(positional) > 1 else ()
 
 
 def _scalar(output: Any) -> Tensor:

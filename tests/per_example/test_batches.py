@@ -15,6 +15,7 @@ from lightning_graddiv.per_example.batches import (
     count_examples,
     has_row_per_example,
     own_copy,
+    repeated,
     replace_leaves,
     select,
     tensor_leaves,
@@ -218,3 +219,20 @@ def test_fields_that_a_dataclass_computes_itself_do_not_get_in_the_way():
         kind: str = field(init=False, default="computed")
 
     assert select(Computed(X), [1], N).kind == "computed"
+
+
+class TestRepeated:
+    def test_the_examples_come_over_and_over(self):
+        batch = {"x": torch.arange(3), "names": ["a", "b", "c"], "more": (np.arange(3), torch.tensor(7.0), None)}
+        longer = repeated(batch, 5)
+        assert longer["x"].tolist() == [0, 1, 2, 0, 1]
+        assert longer["names"] == ["a", "b", "c", "a", "b"]
+        assert longer["more"][0].tolist() == [0, 1, 2, 0, 1]
+        assert longer["more"][1:] == (torch.tensor(7.0), None)
+
+    def test_fewer_are_the_first(self):
+        assert repeated([torch.arange(3)], 2)[0].tolist() == [0, 1]
+
+    def test_rows_that_are_no_examples_are_refused(self):
+        with pytest.raises(MeasurementError, match=r"batch of 3 examples holds tensors of \[7\] rows"):
+            repeated({"nodes": torch.zeros(7, 2), "y": torch.zeros(3)}, 6, at_most=3)
