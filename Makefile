@@ -12,7 +12,8 @@ RIVALS := $(VENV)/rivals-installed
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 OLDEST := $(VENV)/oldest-lightning
-CORE := tests/batching tests/callbacks tests/test_ddp.py tests/test_in_band_ddp.py tests/test_metric.py
+CORE := tests/batching tests/callbacks \
+	tests/test_ddp.py tests/test_in_band_ddp.py tests/test_integrations.py tests/test_metric.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-conformance test-lightning coverage lint format bench bench-overhead bench-growth paper clean distclean
@@ -32,7 +33,7 @@ test-slow: $(STAMP) ## run the tests that are slow or need the network
 test-conformance: $(STAMP) ## hold per-example gradients against every layer of torch and hundreds of odd models
 	$(PYTEST) --dist load tests/conformance -m conformance $(ARGS)
 
-# Only Lightning and torchmetrics differ: they lie in a folder of their own, which comes first on the path.
+# Only Lightning's two packages and torchmetrics differ: they lie in a folder of their own, which comes first on the path.
 test-lightning: $(STAMP) $(OLDEST)/installed ## run the core against the oldest and the newest supported Lightning
 	PYTHONPATH=$(OLDEST) $(PYTEST) $(CORE) $(ARGS)
 	$(PYTEST) $(CORE) $(ARGS)
@@ -86,7 +87,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 $(OLDEST)/installed: $(STAMP)
 	@rm -rf $(OLDEST)
-	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(OLDEST) lightning==2.5.0 torchmetrics==1.6.0
+	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(OLDEST) \
+		lightning==2.5.0 pytorch_lightning==2.5.0 torchmetrics==1.6.0
 	@touch $@
 
 # BackPACK asks for torchvision, which only its examples use, and which does not import beside another build of torch.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
-class AuditModule(LightningModule):
-    """Records the weights of each optimizer step and the size of each micro-batch."""
+class Audited:
+    """Records the weights of each optimizer step and the size of each micro-batch; for either LightningModule."""
 
     def __init__(self, examples: int, learning_rate: float = 0.0) -> None:
         super().__init__()
@@ -50,6 +50,10 @@ class AuditModule(LightningModule):
         return [step for step, of in zip(self.steps, self.step_epochs, strict=True) if of == epoch]
 
 
+class AuditModule(Audited, LightningModule):
+    """The audit device as `lightning.pytorch` trains it."""
+
+
 class ValidatedAudit(AuditModule):
     """Records the epoch of each validation too."""
 
@@ -73,8 +77,8 @@ def loader(examples: int, batch_size: int, **kwargs: Any) -> DataLoader[Any]:
     return DataLoader(one_hot(examples), batch_size, **{"shuffle": True, **kwargs})
 
 
-def quiet_trainer(**kwargs: Any) -> Trainer:
-    return Trainer(
+def quiet_trainer(kind: Any = Trainer, **kwargs: Any) -> Any:
+    return kind(
         **{
             "accelerator": "cpu",
             "logger": False,

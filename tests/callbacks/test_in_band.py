@@ -481,7 +481,6 @@ class TestTraces:
         assert torch.equal(weights(), weights(GradientDiversityMonitor(every_n_steps=every_n_steps)))
 
 
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 def test_both_namespaces_are_measured_alike():
     pytorch_lightning = pytest.importorskip("pytorch_lightning", minversion="2.6")  # older ones refuse our callbacks
 
