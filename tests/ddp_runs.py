@@ -212,13 +212,13 @@ def shards_of_two_sizes(rank):
 
 def an_empty_shard(rank):
     class Shards(AuditModule):
-        allow_zero_length_dataloader_with_multiple_devices = True
-
         def train_dataloader(self):
             rows = torch.eye(19)
             return DataLoader(TensorDataset(rows[:0] if self.trainer.global_rank == 0 else rows), 3)
 
-    return shares(Shards(19))
+    module = Shards(19)
+    module.allow_zero_length_dataloader_with_multiple_devices = True
+    return shares(module)
 
 
 def batches_of_two_sizes(rank):

@@ -161,7 +161,7 @@ def differences(whole: Any, resumed: Any) -> list[str]:
         resumed: those of the other.
     """
     (module, callback), (again, other) = whole, resumed
-    rest = module.steps[again.first_step :]
+    rest = module.steps[getattr(again, "first_step", again.global_step) :]  # none after a checkpoint of the very end
     found = [] if len(again.steps) == len(rest) else [f"{len(again.steps)} steps for {len(rest)}"]
     for number, (a, b) in enumerate(zip(again.steps, rest, strict=False)):
         same = {
@@ -178,5 +178,11 @@ def differences(whole: Any, resumed: Any) -> list[str]:
         found.append(f"validations {again.validations} for {module.validations}")
     if again.steps and again.trainer.fit_loop.epoch_loop._batches_that_stepped != again.global_step:
         found.append("steps that loggers count")
-    names = ("history", "latest", "examples_seen", "optimizer_steps", "measurements", "batch_size")
+    names = ("latest",) * bool(again.steps) + (
+        "history",
+        "examples_seen",
+        "optimizer_steps",
+        "measurements",
+        "batch_size",
+    )
     return found + [name for name in names if getattr(callback, name) != getattr(other, name)]

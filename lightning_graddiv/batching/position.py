@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -15,12 +15,12 @@ class PassOrigin:
     """How a pass over the data began, so that it can be drawn again.
 
     Attributes:
-        first: mark of the first item drawn; see :func:`mark`.
+        first: mark of the first item drawn; see :func:`mark`. None where that is not known.
         random: what it was drawn from; None if no random number was.
         is_known: whether processes that draw random numbers here draw the same: one's states are kept for all.
     """
 
-    first: int
+    first: int | None
     random: RandomStates | None = None
     is_known: bool = True
 
@@ -38,6 +38,10 @@ class PassPlace:
     origin: PassOrigin
     examples: int
     last: int | None
+
+    def unmarked(self, examples: int) -> "PassPlace":
+        """Return a place in the pass of another process, with examples of its own."""
+        return PassPlace(replace(self.origin, first=None), examples, None)
 
 
 @dataclass(frozen=True)

@@ -388,7 +388,7 @@ class BatchResizer:
         if replays:
             self._resumed.is_known_to_go_on(trainer)
         if replays and loops.opens_the_next(trainer) and position.taken >= position.batches:
-            resumed_loop.reopen_epoch(trainer)
+            resumed_loop.reopen_epoch(trainer)  # which Lightning would leave without validating
         elif not loops.goes_on_with_an_epoch(trainer):
             self._restore()
             if replays:
@@ -415,6 +415,9 @@ class BatchResizer:
     def _here(self, position: EpochPosition) -> EpochPosition:
         """Return the position as these processes and this loader have it."""
         then, now = position.plan, self.plan
+        if position.place is not None and (self._trainer.global_rank > 0 or then.world_size != now.world_size):
+            examples = position.place.examples * then.world_size // now.world_size
+            position = replace(position, place=position.place.unmarked(examples))
         if then.world_size == now.world_size and (self._loader.is_adaptable or then == now):
             return position
         left = (position.batches - position.taken) * then.micro_batch_size * then.world_size
@@ -423,10 +426,7 @@ class BatchResizer:
             if math.isinf(left)
             else position.taken + math.ceil(left / (now.micro_batch_size * now.world_size))
         )
-        place = position.place
-        if place is not None:
-            place = replace(place, examples=place.examples * then.world_size // now.world_size, last=None)
-        return replace(position, plan=now, batches=batches, change=None, place=place)
+        return replace(position, plan=now, batches=batches, change=None)
 
     def _draw_on(self, position: EpochPosition) -> None:
         change = position.change

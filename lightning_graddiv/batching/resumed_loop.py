@@ -76,6 +76,7 @@ class ResumedLoop:
             _interrupt_validation(epoch_loop.val_loop)
         epoch_loop.update_restart_stage()
         if progress.is_last_batch:
+            reopen_epoch(trainer)  # it will be counted when it ends, once more if it had been
             trainer.fit_loop._data_fetcher.iterator = iter(())  # Lightning may ask it for one batch more
 
     def validates(self) -> None:
@@ -126,7 +127,7 @@ class NeverDue(int):
 
 
 def reopen_epoch(trainer: Any) -> None:
-    """Go back to the epoch whose last batch had just ended, where Lightning would open the next without validating."""
+    """Go back to the epoch whose last batch has ended, as if nothing after that had."""
     progress = trainer.fit_loop.epoch_progress
     for counter in (progress.current, progress.total):
         counter.processed = counter.completed = counter.started - 1

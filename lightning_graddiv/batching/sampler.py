@@ -136,7 +136,7 @@ class Pass(Iterator[Any]):
         self.origin, self._items_taken = origin, taken
         with _as_then(origin, self._sampler.generators):
             items, first = self._first()
-            is_same = origin.is_known and mark(first) == origin.first
+            is_same = origin.is_known and origin.first in (None, mark(first))
             last = place.last
             for item in islice(items, taken if is_same else 0):
                 last = mark(item)

@@ -97,7 +97,8 @@ class StepMeasurer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been learnt of the model, and what the seeds are made of."""
-        return {"engines": list(self._engines), **{name: getattr(self, name) for name in _LEARNT}}
+        learnt = {name: getattr(self, name) for name in _LEARNT}
+        return {**learnt, "engines": list(self._engines), "checked": [self._replay.measured, self._ghost.measured]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; the choice of engines only if these are among those asked for."""
@@ -105,6 +106,7 @@ class StepMeasurer:
             self._engines = list(state["engines"])
         for name in _LEARNT:
             setattr(self, name, state[name])
+        self._replay.measured, self._ghost.measured = state["checked"]
 
     @property
     def engine(self) -> str:

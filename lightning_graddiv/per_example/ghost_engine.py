@@ -31,6 +31,7 @@ class GhostEngine:
     Attributes:
         covered: the parameters that are measured in-band, by index.
         misses: why the others are not.
+        measured: good measurements so far.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class GhostEngine:
         self.misses: dict[int, str] = {}
         self._plan = GhostPlan()
         self._rest: PerExampleEngine | None = PerExampleEngine()
-        self._measured = 0
+        self.measured = 0
         self._is_trusted = False
         self._known: list[int] = []
         self._modes: Hashable = None
@@ -52,7 +53,7 @@ class GhostEngine:
     def is_check_due(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
         """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`."""
         is_known = self._known == [id(parameter) for parameter in parameters] and self._modes == modes_of(module)
-        return not self._is_trusted or not is_known or is_proof_due(self._measured)
+        return not self._is_trusted or not is_known or is_proof_due(self.measured)
 
     def check(self, loss: StepLoss, batch: Any, total: int, *, seed: int) -> list[float]:
         """Prove on a few examples what can be measured.
@@ -64,7 +65,7 @@ class GhostEngine:
             MeasurementError: the batch cannot be split into examples.
         """
         with measuring(loss.module, seed):
-            self._plan, _ = with_frozen_copied(loss, lambda: prove(loss, batch, total, seed=self._measured))
+            self._plan, _ = with_frozen_copied(loss, lambda: prove(loss, batch, total, seed=self.measured))
         return [0.0 if index in self._plan.misses else 1.0 for index in range(len(loss.parameters))]
 
     def assume(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[float]:
@@ -132,5 +133,5 @@ class GhostEngine:
 
     def settle(self, *, is_good: bool) -> None:
         """Note how a measurement ended, on every process alike."""
-        self._measured += is_good
+        self.measured += is_good
         self._is_trusted = is_good

@@ -48,13 +48,16 @@ class PerExampleEngine:
     Args:
         engine: ``"auto"``, ``"functional"`` or ``"loop"``.
         max_examples: measure at most so many examples of a batch, evenly spaced. None: all.
+
+    Attributes:
+        measured: measurements so far.
     """
 
     def __init__(self, engine: str = "auto", max_examples: int | None = None) -> None:
         self._falls_back = engine == "auto"
         self._engine: Engine = functional_gradients if self._falls_back else _REPLAYING[engine]
         self._max_examples = max_examples
-        self._measured = 0
+        self.measured = 0
         self._is_trusted = False
 
     def measure(
@@ -76,14 +79,14 @@ class PerExampleEngine:
             examples = [i * total // self._max_examples for i in range(self._max_examples)]
             batch, total = select(batch, examples, total), self._max_examples
         measured = with_frozen_copied(loss, lambda: self._checked_when_due(loss, batch, total, seed))
-        self._measured += 1
+        self.measured += 1
         return measured
 
     def _checked_when_due(self, loss: StepLoss, batch: Any, total: int, seed: int | None) -> PerExampleGradients:
         with measuring(loss.module, seed):
             if total == 1:  # nothing to compare with: the reference itself, at the same cost
                 return loop_gradients(loss, batch, total)
-            if self._is_trusted and not is_check_due(self._measured):
+            if self._is_trusted and not is_check_due(self.measured):
                 return self._measure(loss, batch, total)
             self._is_trusted = False  # until this check has passed
             measured = self._checked(loss, batch, total)
@@ -95,7 +98,7 @@ class PerExampleEngine:
 
     def _checked(self, loss: StepLoss, batch: Any, total: int) -> PerExampleGradients | None:
         """Check, and return what was measured with it; None where that was without the noise of the step."""
-        sample = check_separable(loss, batch, total, seed=self._measured)
+        sample = check_separable(loss, batch, total, seed=self.measured)
         if self._engine is functional_gradients:
             try:
                 check_engine(functional_gradients, loss, sample)

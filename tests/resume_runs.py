@@ -1,0 +1,112 @@
+"""Trainings on two processes that are resumed; each process writes in what they differed to a folder.
+
+Run as `python -m tests.resume_runs FOLDER`; test_resume_ddp.py reads the folder.
+"""
+
+import json
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+
+from tests.resuming import EXAMPLES, Saves, Traced, differences, growing, numbered_rows, run, train_loader
+
+TWO = {"strategy": "ddp", "devices": 2}
+
+
+class WithoutNoise(Traced):
+    """What the processes draw for dropout is not in a checkpoint, which is the first process's."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[2] = nn.Identity()
+
+
+CASES = {
+    "plain": ({}, {}, {}),
+    "idle": ({}, {"every_n_steps": 10**9}, {"accumulate_grad_batches": 2}),
+    "windows": ({}, {"max_micro_batch_size": 4}, {"accumulate_grad_batches": 2, "val_check_interval": 0.5}),
+    "workers": ({"num_workers": 2}, {}, {}),
+    "max_steps": ({"num_workers": 2, "persistent_workers": True}, {}, {"max_epochs": -1, "max_steps": 30}),
+    "anew": ({"num_workers": 2}, {}, {"reload_dataloaders_every_n_epochs": 1}),
+}
+HOOKS = ("on_before_backward", "on_train_batch_end", "on_validation_end", "on_train_epoch_end")
+
+
+def training(case, *others, ckpt_path=None):
+    of_loader, of_callback, of_trainer = CASES[case]
+
+    class OwnLoader(WithoutNoise):
+        def train_dataloader(self):
+            # A last batch of one example could prove nothing after the checkpoint, where it need not have before it.
+            return train_loader(**{"batch_size": 2, "dataset": numbered_rows(64), **of_loader})
+
+    callback = growing(cooldown=5, **of_callback)
+    module, _ = run(callback, None, *others, module=OwnLoader(), ckpt_path=ckpt_path, **TWO, **of_trainer)
+    return module, callback
+
+
+def from_everywhere(folder, case, picks=5):
+    saves = Saves(folder / case, HOOKS)
+    whole = training(case, saves)
+    assert (case == "idle") == (not whole[1].history)
+    ends = [file for file in saves.files if "epoch_end" in file.name][:1]
+    files = random.Random(case).sample(saves.files, picks) + ends
+    found = {file.name: differences(whole, training(case, ckpt_path=file)) for file in files}
+    return {name: wrong for name, wrong in found.items() if wrong}
+
+
+class OwnOrder(Sampler):
+    """Not the same on both processes."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __len__(self):
+        return EXAMPLES
+
+    def __iter__(self):
+        torch.manual_seed(torch.randint(1000, ()).item() + self.rank)
+        return iter(torch.randperm(EXAMPLES).tolist())
+
+
+def orders_of_their_own(folder):
+    """One process's random states do for all only where they are the same."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    class Sharded(WithoutNoise):
+        def train_dataloader(self):
+            torch.manual_seed(rank)
+            return train_loader(batch_size=2)
+
+    saves = Saves(folder / "own", ("on_train_batch_end",))
+    kwargs = {**TWO, "use_distributed_sampler": False, "max_epochs": 1}
+    run(growing(), None, saves, module=Sharded(), **kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(growing(), None, ckpt_path=saves.files[3], module=Sharded(), **kwargs)
+    return sum("in another order" in str(warning.message) for warning in caught)
+
+
+def fewer_processes(folder):
+    """A checkpoint of two processes goes on with one: with the examples that neither had trained on."""
+    (file,) = [file for file in sorted((folder / "plain").glob("*.ckpt")) if "batch_end-epoch0-batch5" in file.name]
+    return str(file)
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.set_num_threads(1)
+    results = {case: from_everywhere(folder, case) for case in CASES}
+    results["own orders"] = orders_of_their_own(folder)
+    results["for one process"] = fewer_processes(folder)
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

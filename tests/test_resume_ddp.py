@@ -1,0 +1,44 @@
+"""What test_resume.py says of one process, of two."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import resume_runs
+from tests.resuming import EXAMPLES, growing, run, train_loader
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    root = Path(__file__).parent.parent
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.resume_runs", str(folder)], cwd=root, capture_output=True, text=True, timeout=400
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", resume_runs.CASES)
+def test_from_checkpoints_in_any_hook(runs, case):
+    """T7 is among them: two workers, from an epoch's end."""
+    assert [result[case] for result in runs] == [{}, {}]
+
+
+def test_orders_that_differ_between_processes_are_said(runs):
+    assert [result["own orders"] for result in runs] == [1, 0]
+
+
+def test_with_fewer_processes_the_epoch_goes_on_with_the_examples_that_are_left(runs):
+    file = runs[0]["for one process"]
+    seen = torch.load(file)["callbacks"]["AdaptiveBatchSize"]["position"]["place"]["examples"] * 2
+    assert seen == 20
+    module, _ = run(
+        growing(every_n_steps=10**9), train_loader(shuffle=False, batch_size=4), ckpt_path=file, max_epochs=1
+    )
+    trained = [example for step in module.steps for batch in step.examples for example in batch]
+    assert sorted(trained) == list(range(seen, EXAMPLES))
