@@ -55,16 +55,20 @@ class Traced(LightningModule):
         if not self.trainer.sanity_checking:
             self.validations.append((self.current_epoch, self.global_step))
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_step > len(self.steps) + self.first_step:
-            batches, examples = zip(*self._open, strict=True)
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            weights = torch.cat([p.detach().flatten() for p in self.parameters()])
-            self.steps.append(Step(self.current_epoch, list(batches), list(examples), rate, weights))
-            self._open = []
-
     def on_train_start(self) -> None:
         self.first_step = self.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step > len(self.steps) + self.first_step:
+            self.steps.append(self.latest_step())
+            self._open = []
+
+    def latest_step(self) -> Step:
+        """Return the optimizer step that has just been taken."""
+        batches, examples = zip(*self._open, strict=True)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        weights = torch.cat([p.detach().flatten() for p in self.parameters()])
+        return Step(self.current_epoch, list(batches), list(examples), rate, weights)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)
