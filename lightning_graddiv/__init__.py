@@ -22,18 +22,30 @@ from lightning_graddiv.diversity import (
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.metric import BatchSizeBound, GradientDiversity
 from lightning_graddiv.per_example import measure_moments, per_example_squared_norms
-from lightning_graddiv.policies import DiversityBound, Policy, RunState
+from lightning_graddiv.policies import (
+    CABS,
+    DiversityBound,
+    Doubling,
+    Goodput,
+    NoiseScale,
+    NormTest,
+    Policy,
+    RunState,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CABS",
     "AdaptiveBatchSize",
     "BatchSizeBound",
     "DifferentialDiversityMonitor",
     "DifferentialMoments",
     "DiversityBound",
     "DiversityEstimate",
+    "Doubling",
     "DropConnect",
+    "Goodput",
     "GradientDiversity",
     "GradientDiversityMonitor",
     "GradientMoments",
@@ -43,6 +55,8 @@ __all__ = [
     "LangevinNoise",
     "LearningRateCap",
     "MeasurementError",
+    "NoiseScale",
+    "NormTest",
     "Policy",
     "RunState",
     "StabilityEstimate",
