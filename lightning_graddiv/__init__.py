@@ -1,6 +1,7 @@
 """Gradient diversity for PyTorch Lightning: a training run that measures, and chooses, its own batch size."""
 
 from lightning_graddiv.callbacks.adaptive_batch_size import AdaptiveBatchSize
+from lightning_graddiv.callbacks.finder import BatchSizeBoundFinder
 from lightning_graddiv.callbacks.growth import Growth
 from lightning_graddiv.callbacks.mechanisms import DropConnect, GradientQuantization, LangevinNoise
 from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
@@ -20,6 +21,8 @@ from lightning_graddiv.diversity import (
     gradient_diversity,
 )
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.finder import find_batch_size
+from lightning_graddiv.finding import BatchSizeFinding
 from lightning_graddiv.metric import BatchSizeBound, GradientDiversity
 from lightning_graddiv.per_example import measure_moments, per_example_squared_norms
 from lightning_graddiv.policies import (
@@ -39,6 +42,8 @@ __all__ = [
     "CABS",
     "AdaptiveBatchSize",
     "BatchSizeBound",
+    "BatchSizeBoundFinder",
+    "BatchSizeFinding",
     "DifferentialDiversityMonitor",
     "DifferentialMoments",
     "DiversityBound",
@@ -63,6 +68,7 @@ __all__ = [
     "batch_size_bound",
     "estimate_diversity",
     "estimate_stability",
+    "find_batch_size",
     "gradient_diversity",
     "measure_moments",
     "per_example_squared_norms",
