@@ -280,7 +280,7 @@ class TestInATraining:
     def test_goodput_grows_where_a_step_takes_the_same_time_whatever_its_size_and_not_where_an_example_does(self):
         """N is about 30. With one size measured a growth is tried; it shows that there is nothing to gain."""
         run = {"data": noisy(30), "every_n_steps": 2, "cooldown": 6, "epochs": 10}
-        assert sizes(Goodput(), module=Paced(lambda examples: 0.005), **run) == [4, 8, 16, 32]
+        assert sizes(Goodput(), module=Paced(lambda examples: 0.02), **run) == [4, 8, 16, 32]
         assert sizes(Goodput(), module=Paced(lambda examples: 0.002 * examples), **run) == [4, 8]
 
     def test_goodput_does_not_grow_before_a_size_has_been_measured(self):
