@@ -344,6 +344,11 @@ class TestTheRecommendation:
         found = find_batch_size(quiet_trainer(max_epochs=1), AuditModule(64), alike, repeats=1)
         assert (found.allowed, found.recommended.batch_size) == (pytest.approx(1.5), 1)
 
+    def test_a_present_batch_within_the_interval_stays(self):
+        found = find_batch_size(quiet_trainer(max_epochs=1), Classifier(), plain(shuffle=False), delta=0.1, **FEW)
+        assert 0.1 * found.estimate.lower + 1 < 8 < 16 < 0.1 * found.estimate.upper + 1  # the premise
+        assert found.recommended.batch_size == 16
+
     def test_the_rule_and_the_learning_rates_are_the_users(self):
         module = AuditModule(64, learning_rate=0.1)
         run = {"repeats": 1, "growth_factor": 4, "scale_lr": "sqrt", "max_batch_size": 128}
