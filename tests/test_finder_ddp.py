@@ -1,6 +1,7 @@
 """Two processes find what one would, together."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ from tests.ddp_runs import Regression, regression_data
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finder")
     root = Path(__file__).parent.parent
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.finder_runs", str(folder)], cwd=root, capture_output=True, text=True, timeout=100
-    )
+    # A seed that another test has set would be that of the samplers.
+    env = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    command = [sys.executable, "-m", "tests.finder_runs", str(folder)]
+    finished = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=100)
     assert finished.returncode == 0, finished.stderr[-4000:]
 
     def read(run):
