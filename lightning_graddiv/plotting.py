@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from lightning_graddiv.finding import BatchSizeFinding
+
 # Okabe and Ito's colours, which stay apart for colour-blind readers; line styles tell runs apart in print.
 _BATCH_COLOUR, _BOUND_COLOUR = "#0072B2", "#D55E00"
 _RUN_COLOURS = (_BATCH_COLOUR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -150,6 +152,69 @@ def plot_accuracy(runs: Mapping[str, Metrics], *, name: str = "val_accuracy", ax
     ax.set_xlim(left=0)
     ax.legend(loc="lower right", frameon=False)
     return ax
+
+
+def plot_finding(finding: "BatchSizeFinding", *, ax: "Axes | None" = None) -> "Axes":
+    """Draw what larger batches gain and what they cost: throughput (left axis) and sample efficiency (right axis).
+
+    Both against the number of examples, on a logarithmic axis: in one pass on all processes for the throughput, in one
+    optimizer step for the efficiency, whose band is the interval of B_S. The vertical line is the recommended batch.
+
+    Args:
+        finding: what :func:`~lightning_graddiv.find_batch_size` returned.
+        ax: where to draw. None: a new figure.
+
+    Returns:
+        The axes of the throughput.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    ax = _axes(ax)
+    passes = [size * finding.present.world_size for size in finding.seconds]
+    recommended = finding.recommended.batch_size
+    ax.plot(passes, list(finding.throughput.values()), "o-", color=_BATCH_COLOUR, linewidth=2, label="throughput")
+    ax.axvline(recommended, color="0.4", linestyle="--", linewidth=1.2, label=f"recommended: {recommended:,}")
+    efficiency = ax.twinx()
+    sizes = _doublings(min(*passes, recommended), max(*passes, recommended))
+    low, mid, high = ([1 / (1 + (b - 1) / bound) for b in sizes] for bound in _bounds(finding))
+    efficiency.fill_between(sizes, low, high, color=_BOUND_COLOUR, alpha=0.17, linewidth=0)
+    efficiency.plot(sizes, mid, "-", color=_BOUND_COLOUR, linewidth=2, label="sample efficiency")
+    efficiency.set_ylim(0, 1.02)
+    efficiency.set_ylabel("sample efficiency", color=_BOUND_COLOUR)
+    efficiency.spines["top"].set_visible(False)
+
+    _dress(ax, title="What a larger batch gains and costs", ylabel="examples per second")
+    ax.yaxis.label.set_color(_BATCH_COLOUR)
+    ax.set_ylim(bottom=0)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    ax.set_xlabel("examples")
+    handles, labels = (a + b for a, b in zip(*(x.get_legend_handles_labels() for x in (ax, efficiency)), strict=True))
+    ax.legend(
+        handles,
+        labels,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handlelength=1.4,
+        frameon=False,
+    )
+    return ax
+
+
+def _bounds(finding: "BatchSizeFinding") -> tuple[float, float, float]:
+    estimate = finding.estimate
+    return estimate.lower, estimate.bound, estimate.upper
+
+
+def _doublings(first: float, last: float, parts: int = 8) -> list[float]:
+    """Return sizes from the first to at least the last, so many to a doubling."""
+    count = math.ceil(parts * math.log2(last / first)) if last > first else 1
+    return [first * 2 ** (i / parts) for i in range(count + 1)]
 
 
 def _series(metrics: Metrics, name: str) -> Series:

@@ -3,15 +3,17 @@
 Public ways that were ruled out: ``reload_dataloaders_every_n_epochs`` makes loaders anew only from hooks, restarts the
 workers and re-reads the user's batch size; there is none to change a loader's length after the fit loop has read it
 (``limit_train_batches``, the validation interval and the end of the epoch would follow the old length). Where
-:func:`missing_privates` names any, nothing else in here is called but :func:`train_loaders`.
+:func:`missing_privates` names any, nothing else in here is called but :func:`train_loaders`. :func:`batch_to_device`
+and :func:`leave_fit` are the finder's, and need what Lightning's own tuners need.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from inspect import signature
 from itertools import count
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 from lightning.fabric.utilities.data import sized_len
@@ -250,6 +252,20 @@ def set_validations(trainer: Any, interval: int, origin: int) -> None:
 def restart_iterator(trainer: Any) -> None:
     """Begin the coming epoch's iteration anew; what the present iterator has prefetched is thrown away."""
     iter(trainer.fit_loop._data_fetcher)
+
+
+def batch_to_device(trainer: Any, batch: Any) -> Any:
+    """Do with a batch of the training loader what the loop does with it before hooks and ``training_step`` see it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def leave_fit(trainer: Any) -> NoReturn:
+    """Leave ``fit`` as Lightning's own tuners do: teardown hooks are called, and nothing has failed."""
+    modules = [cls.__module__ for cls in type(trainer).__mro__]
+    namespace = next(name for name in modules if name.endswith("trainer.trainer")).removesuffix(".trainer.trainer")
+    raise import_module(f"{namespace}.utilities.exceptions")._TunerExitException
 
 
 def limited(length: float | None, limit: float) -> float:

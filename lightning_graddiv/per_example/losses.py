@@ -97,6 +97,24 @@ class StepLoss:
         self._run(batch, self._stand_ins(aliases), watch=watch_aliases).backward()
         return [alias.grad for alias in aliases]
 
+    def rehearsal(self) -> Callable[[Any], None]:
+        """Return a function that runs forward and backward on a batch, to see how long it takes.
+
+        All calls run on one shadow, and on aliases of the parameters, whose gradients are thrown away: nothing but
+        what training does too is timed, and nothing is left behind.
+        """
+        aliases = [parameter.detach().requires_grad_() for parameter in self.parameters]
+        stand_in, loss_of = shadow_copy(
+            self.module, self._loss_of, values=self._stand_ins(aliases), copy_frozen=self.copies_frozen
+        )
+
+        def run(batch: Any) -> None:
+            for alias in aliases:
+                alias.grad = None
+            _scalar(loss_of(stand_in, batch)).backward()
+
+        return run
+
     def _stand_ins(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
         # Aliases made within the transform, for what is not differentiated: writing `.data` of one is an error there,
         # where on the parameter itself it ends the process.
@@ -139,7 +157,7 @@ def measuring(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     trainer = getattr(module, "_trainer", None)
     devices = {"cpu", *(parameter.device.type for parameter in module.parameters())}
     with ExitStack() as stack:
-        stack.enter_context(_random_states_put_back(seed))
+        stack.enter_context(random_states_put_back(seed))
         stack.enter_context(parameters_guarded(module))
         stack.enter_context(recorders_paused())
         stack.enter_context(torch.enable_grad())
@@ -155,7 +173,7 @@ def measuring(module: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states_put_back(seed: int | None) -> Iterator[None]:
+def random_states_put_back(seed: int | None) -> Iterator[None]:
     """Put back every global random state, also after an exception (which Lightning's ``isolate_rng`` does not)."""
     states: tuple[Any, Any] = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

@@ -196,7 +196,11 @@ def measure_moments(
 
 
 def _measure(module: nn.Module, batch: Any, loss_fn: LossFunction | None, engine: str) -> PerExampleGradients:
-    loss = StepLoss(module, loss_fn=loss_fn)
+    return measure_loss(StepLoss(module, loss_fn=loss_fn), batch, engine)
+
+
+def measure_loss(loss: StepLoss, batch: Any, engine: str) -> PerExampleGradients:
+    """Measure the examples of a batch, as :func:`per_example_squared_norms` does."""
     total = count_examples(batch)
     if engine in _REPLAYING or total == 1:  # one example is its own reference
         return PerExampleEngine(engine if engine in _REPLAYING else "loop").measure(loss, batch)
