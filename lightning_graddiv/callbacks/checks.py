@@ -9,6 +9,12 @@ from lightning_graddiv.distributed import agreed_over_ranks
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.batches import count_examples
 
+_UNSUPPORTED = {
+    "DeepSpeed": "DeepSpeed fixes the accumulation of gradients when it starts, and takes them and the step to itself",
+    "XLA": "on XLA a step is a graph that runs later, so that its gradients cannot be looked at, and a new batch size "
+    "compiles it again",
+}
+
 
 def require(condition: bool, argument: str, expected: str, got: object) -> None:
     """Raise ValueError, naming the argument, unless the condition holds."""
@@ -27,10 +33,12 @@ def require_known_strategy(strategy: Any, callback: str) -> None:
     """
     names = {base.__name__ for base in type(strategy).__mro__}
     is_supported = bool(names & {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"})
-    if not is_supported or any("DeepSpeed" in name or "XLA" in name for name in names):
+    reasons = [reason for named, reason in _UNSUPPORTED.items() if any(named in name for name in names)]
+    if reasons or not is_supported:
+        reason = reasons[0] if reasons else "its gradients are not those of a batch, or are held in parts"
         raise MisconfigurationException(
             f"{callback} supports a single device, DDP, and FSDP2 (`ModelParallelStrategy`), but the strategy is "
-            f"`{type(strategy).__name__}`: its gradients are not those of a batch, or are held in parts."
+            f"`{type(strategy).__name__}`: {reason}."
         )
 
 

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -126,6 +127,17 @@ class TestArguments:
         trainer._accelerator_connector.strategy = FSDPStrategy()
         with pytest.raises(MisconfigurationException, match=r"single device, DDP, and FSDP2.*FSDPStrategy"):
             monitor.setup(trainer, AuditModule(4), "fit")
+
+    @pytest.mark.parametrize(
+        ("name", "reason"), [("DeepSpeedStrategy", "fixes the accumulation"), ("XLAStrategy", "compiles it again")]
+    )
+    @pytest.mark.parametrize("make", [GradientDiversityMonitor, lambda: AdaptiveBatchSize(max_batch_size=8)])
+    def test_strategies_that_step_by_themselves_are_refused_with_the_reason(self, name, reason, make):
+        strategy = type(name, (DDPStrategy,), {})
+        callback, trainer = make(), quiet_trainer(strategy="ddp", devices=1)
+        trainer._accelerator_connector.strategy = strategy()
+        with pytest.raises(MisconfigurationException, match=f"{name}.*{reason}"):
+            callback.setup(trainer, AuditModule(4), "fit")
 
     def test_two_monitors_may_differ_in_their_state(self):
         assert GradientDiversityMonitor(5).state_key != GradientDiversityMonitor(10).state_key

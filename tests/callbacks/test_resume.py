@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, WeightedRandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_graddiv import GradientDiversityMonitor
 from tests.audit import quiet_trainer, warned
@@ -227,10 +228,8 @@ class Estimates(Traced):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("module", [Traced, Estimates])
 def test_t8_a_loader_that_keeps_its_own_state_goes_on_by_it(module, workers, tmp_path):
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-
     def loader():
-        return stateful.StatefulDataLoader(numbered_rows(), 4, shuffle=True, num_workers=workers)
+        return StatefulDataLoader(numbered_rows(), 4, shuffle=True, num_workers=workers)
 
     kwargs = {"max_epochs": 1, "module": module}
     files, (whole, reference) = checkpoints(tmp_path, "on_train_batch_end", loader=loader, **kwargs)
