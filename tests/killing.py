@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
@@ -90,7 +91,7 @@ def begin(folder: Path, processes: int, workers: int, seed: int) -> list[int]:
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            os.setsid()
+            os.setpgid(0, 0)
             if processes > 1:
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
                 os.environ.update(WORLD_SIZE=str(processes))
@@ -102,6 +103,8 @@ def begin(folder: Path, processes: int, workers: int, seed: int) -> list[int]:
                 traceback.print_exc()
             finally:
                 os._exit(status)
+        with suppress(PermissionError):  # the child has done it and gone on
+            os.setpgid(child, child)
         children.append(child)
     return children
 

@@ -420,6 +420,17 @@ def test_a_validation_that_was_due_is_run(tmp_path):
     assert again.validations == module.validations
 
 
+@pytest.mark.parametrize("name", ["epoch0-batch5", "epoch0-batch9", "epoch1-batch1"])
+def test_a_validation_that_has_been_run_is_not_begun_again(name, tmp_path):
+    """Not even to count its batches: its loader would draw a random number for that, and training another then."""
+    kwargs = {"val_check_interval": 4, "max_epochs": 2}
+    files, whole = checkpoints(tmp_path, "on_before_backward", **kwargs)
+    (file,) = [file for file in files if name in file.name]
+    callback = growing()
+    again, _ = run(callback, train_loader(), ckpt_path=file, seed=99, **kwargs)
+    assert differences(whole, (again, callback)) == []
+
+
 def test_a_monitor_goes_on_with_its_window(tmp_path):
     def monitor():
         return GradientDiversityMonitor(every_n_steps=2, window=8)
