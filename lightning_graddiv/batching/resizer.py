@@ -1,21 +1,17 @@
 """Changes the size of the batches that a trainer trains on, at any accumulation window, and puts everything back."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_graddiv.batching import loops, resumed_loop
+from lightning_graddiv.batching import loops
 from lightning_graddiv.batching.accumulation import every
 from lightning_graddiv.batching.adoption import AdoptedLoader
+from lightning_graddiv.batching.follower import WindowFollower
 from lightning_graddiv.batching.plan import BatchPlan
-from lightning_graddiv.batching.position import Change, EpochPosition, PassPlace, mark
 from lightning_graddiv.batching.progress_bar import show_epoch_end
-from lightning_graddiv.batching.random_states import RandomStates
-from lightning_graddiv.batching.resumed_loop import ResumedLoop
-from lightning_graddiv.batching.sampler import Pass, Window, drawn_batch_size
-from lightning_graddiv.distributed import agreed_over_ranks
+from lightning_graddiv.batching.sampler import Window, drawn_batch_size
 
 
 @dataclass(frozen=True)
@@ -79,17 +75,7 @@ class BatchResizer:
         self._offer: Offer | None = None
         self._validations: tuple[int, int] | None = None
         self._is_new_epoch = True
-        self._pass: Pass | None = None
-        self._begun: Pass | None = None
-        self._pass_start = self._taken = self._window_end = 0
-        # After the latest optimizer step: micro-batches of this epoch, examples of this pass, mark of the last one.
-        self._stepped = self._examples = self._last = self._last_taken = 0
-        self._is_order_shared = True
-        self._goes_on = False
-        # A resumed training that opens an epoch may have its loader made anew for that.
-        self._opens_resumed = self._is_reloaded = False
-        self._random: RandomStates | None = None
-        self._resumed = ResumedLoop()
+        self._follower = WindowFollower(trainer)
         self._watch = None if self._missing else self._watched()
 
     @property
@@ -128,15 +114,11 @@ class BatchResizer:
             "use a DataLoader with `batch_size`."
         ]
 
-    def start(
-        self, batch_size: int | None, position: EpochPosition | None = None, random: RandomStates | None = None
-    ) -> None:
+    def start(self, batch_size: int | None) -> None:
         """Training starts: a loader that is made from now on gets the present size, whatever its own.
 
         Args:
             batch_size: to go on with, after a checkpoint; None for the loader's own.
-            position: where the checkpoint's epoch stood; None without one.
-            random: what the random states were then; None to leave them.
 
         Raises:
             MisconfigurationException: it starts with larger batches than allowed, with several loaders of different
@@ -150,12 +132,10 @@ class BatchResizer:
         self._refuse_loaders_of_several_sizes()
         self._is_running = True
         if self._loader.is_followed and loops.is_begun(self._trainer):
-            self._begun = loops.running_pass(self._trainer)  # nobody knows which of its windows is under way
+            self._follower.leave_out_running()
         if self.base is not None:
             self._check_limits()
             self._go_on_with(batch_size)
-        if position is not None and not self._missing:
-            self._go_on_from(position, random)
 
     def learn(self, micro_batch_size: int, batch_size: int | None) -> None:
         """Take the micro-batch from the first batch, where the loader does not tell it; else as :meth:`start`."""
@@ -164,18 +144,14 @@ class BatchResizer:
         self._check_limits()
         self._go_on_with(batch_size)
 
-    def validates(self) -> None:
-        """A validation begins."""
-        self._resumed.validates()
-
     def open(self, batch_idx: int) -> bool:
         """Set the accumulation where a window begins; tell whether batches have another size from this one on."""
-        self._resumed.leaves()
-        self._opens_resumed = False
-        is_new_epoch = self._follow(batch_idx)
-        if batch_idx < self._window_end:
+        is_new_epoch, self._is_new_epoch = self._is_new_epoch or (bool(self._missing) and batch_idx == 0), False
+        if self._follower.follow(self._loader, batch_idx, is_new_epoch=is_new_epoch):
+            self._begin_pass()
+        if batch_idx < self._follower.window_end:
             return False
-        self.window = self._next_window(batch_idx, is_new_epoch)
+        self.window = self._follower.next_window(batch_idx) or self._counted_window(batch_idx, is_new_epoch)
         before, self.plan = self.plan, self.window.plan
         if self.plan != before:
             self._loader.trains_on(self.plan)
@@ -187,61 +163,18 @@ class BatchResizer:
 
     def begin_epoch(self) -> None:
         """An epoch begins whose batches have not been drawn yet."""
-        self._stepped = self._examples = self._last = 0
+        self._follower.begin_epoch()
         self._offer = self._validations = None
-
-    def end_epoch(self) -> None:
-        """An epoch has ended."""
-        self._resumed.leaves()
 
     def step(self) -> None:
         """An optimizer step has ended: that of the window which is under way."""
-        self._stepped, self._last = self._window_end, self._last_taken
-        self._examples += sum(self.window.sizes)
+        self._follower.step(sum(self.window.sizes))
 
     @property
     def base_steps(self) -> int:
         """The optimizer steps that the examples of the window under way make at the starting batch size, rounded up."""
         base = self.known_base
         return -(-sum(self.window.sizes) // (base.micro_batch_size * base.accumulate))
-
-    def position(self, *, after_window: bool = False, is_validated: bool = False) -> EpochPosition | None:
-        """Return where the epoch stands after its latest optimizer step; None where nobody can go on from there.
-
-        Args:
-            is_validated: whether a validation that was due there has been run.
-            after_window: after that of the window under way, which has not been told of yet.
-        """
-        if self._missing:
-            return None
-        stepped, examples, last = self._stepped, self._examples, self._last
-        if after_window:
-            stepped, examples, last = self._window_end, examples + sum(self.window.sizes), self._last_taken
-        running = self._pass_of_epoch(stepped)
-        origin = running.origin if running is not None and self._loader.is_replayable else None
-        return EpochPosition(
-            plan=self.plan if stepped else self._coming,
-            taken=stepped,
-            batches=float(self._trainer.num_training_batches),
-            validations=loops.validations(self._trainer),
-            change=self._change(stepped),
-            place=None
-            if origin is None
-            else PassPlace(replace(origin, is_known=self._is_order_shared), examples, last),
-            is_begun=stepped > 0 or not loops.draws_a_new_epoch(self._trainer),
-            is_validated=is_validated or stepped == 0,
-        )
-
-    def random_states(self) -> RandomStates | None:
-        """Return what the random states are; None with several processes, each of which may have others."""
-        if self._trainer.world_size > 1:
-            return None
-        return RandomStates.now(self._loader.generators, self._trainer.strategy.root_device)
-
-    @property
-    def global_step(self) -> int:
-        """The optimizer steps that the trainer has taken."""
-        return int(self._trainer.global_step)
 
     @property
     def epoch_end(self) -> float:
@@ -250,7 +183,7 @@ class BatchResizer:
 
     def earliest(self) -> int:
         """Return the first batch of this epoch that could belong to another plan; asked where a window has ended."""
-        return self._window_end if self._pass is None else self._pass_start + self._pass.boundary
+        return self._follower.boundary
 
     def offer(self, batch_size: int, at: int) -> Offer | None:
         """Return what a change to that effective batch size would make, from batch ``at`` of this epoch on.
@@ -265,30 +198,19 @@ class BatchResizer:
         if self._epoch_of(plan, whole_batches=True) < plan.accumulate:
             return None
         whole = self._epoch_of(plan)
-        now = plan if self._pass is not None else self.plan.accumulated(batch_size)
-        new_end = end if now is None or self._pass is None else self._end_after(plan, at)
+        is_followed = self._follower.running is not None
+        now = plan if is_followed else self.plan.accumulated(batch_size)
+        new_end = self._end_after(plan, at) if is_followed else end
         if self._missing or now is None or at >= min(end, new_end):
             return Offer(plan, None, at, end, whole)
         return Offer(plan, now, at, new_end, whole)
-
-    def _change(self, stepped: int) -> Change | None:
-        """Return the change that is decided for this epoch and that no optimizer step was made by yet."""
-        offer = self._offer
-        if offer is None or offer.now is None or stepped > offer.at:
-            return None
-        return Change(offer.now, offer.at, self._validations)
-
-    def _pass_of_epoch(self, stepped: int) -> Pass | None:
-        if stepped or not self._loader.is_followed or loops.draws_a_new_epoch(self._trainer):
-            return self._pass if stepped else None
-        running = loops.running_pass(self._trainer)  # begun before the epoch's first batch
-        return None if running is self._begun else running
 
     def resize(self, offer: Offer) -> None:
         """Go on with another batch: in this epoch where the offer says so, and in all that follow."""
         self._coming, self._offer = offer.plan, offer
         self._loader.draws(self._coming, splits_tail=True)
-        if offer.now is None or self._pass is None:
+        running = self._follower.running
+        if offer.now is None or running is None:
             return
         if offer.whole != float("inf"):
             self._validations = loops.moved_validations(
@@ -296,14 +218,13 @@ class BatchResizer:
                 lambda batch: min(self._moved(batch, offer.plan, offer.at), int(offer.end)),
                 int(offer.whole),
             )
-        self._pass.change(offer.now, offer.at - self._pass_start)
+        running.change(offer.now, offer.at - self._follower.start)
         loops.set_epoch_end(self._trainer, offer.end)
         show_epoch_end(self._trainer, offer.end)
 
     def remove(self) -> None:
         """Leave the trainer with its own accumulation; may be called more than once."""
         self._stop_watching()
-        self._resumed.forget()
         self._loader, self._copied = AdoptedLoader(None), (None, None)
         self._trainer.accumulate_grad_batches = self._accumulate
 
@@ -327,9 +248,6 @@ class BatchResizer:
         if not is_first:
             self._loader.lets_go()  # the first of several goes on as the user's
         theirs, copied = self._copied
-        self._is_reloaded = self._opens_resumed
-        if self._is_reloaded and self._random is not None:
-            self._random.restore((), self._trainer.strategy.root_device)
         self._loader = AdoptedLoader(
             copied if loader is theirs else loader,
             keeps=None if is_first else "there are several training loaders, each of which gives a part of a batch",
@@ -352,9 +270,6 @@ class BatchResizer:
     def _epoch_is_about_to_start(self) -> None:
         self._refuse_loaders_of_several_sizes()
         self._is_new_epoch = True
-        if self._is_reloaded:
-            resumed_loop.begin_epoch(self._trainer)
-            self._is_reloaded = False
         self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))
         if self._is_running and self._is_grown(self._coming) and not loops.goes_on_with_an_epoch(self._trainer):
             self._trainer.accumulate_grad_batches = self._coming.accumulate  # counted from the epoch's start again
@@ -380,74 +295,6 @@ class BatchResizer:
         if self._coming.micro_batch_size != before.micro_batch_size:
             loops.restart_iterator(self._trainer)
         loops.refresh_lengths(self._trainer)
-
-    def _go_on_from(self, position: EpochPosition, random: RandomStates | None) -> None:
-        """Go on after a checkpoint: with the epoch that it was made in, or with the next."""
-        trainer, replays = self._trainer, self._loader.is_replayable
-        position, self._random = self._here(position), random if trainer.world_size == 1 else None
-        if replays:
-            self._resumed.is_known_to_go_on(trainer)
-        if replays and loops.opens_the_next(trainer) and position.taken >= position.batches:
-            resumed_loop.reopen_epoch(trainer)  # which Lightning would leave without validating
-        elif not loops.goes_on_with_an_epoch(trainer):
-            self._restore()
-            if replays:
-                resumed_loop.begin_epoch(trainer)
-                self._opens_resumed = True
-            return
-        if not position.is_begun:
-            self._restore()
-        if replays and position.taken < position.batches:
-            self._draw_on(position)
-        elif not replays:
-            resumed_loop.load_loader_states(trainer)
-        if position.is_begun:
-            self._restore()
-        taken = position.taken if replays else resumed_loop.batches_done(trainer)
-        self._restore_epoch(position, taken)
-        if replays or taken >= position.batches:
-            self._resumed.go_on(trainer, taken, position.batches, is_validated=position.is_validated)
-
-    def _restore(self) -> None:
-        if self._random is not None:
-            self._random.restore(self._loader.generators, self._trainer.strategy.root_device)
-
-    def _here(self, position: EpochPosition) -> EpochPosition:
-        """Return the position as these processes and this loader have it."""
-        then, now = position.plan, self.plan
-        if position.place is not None and (self._trainer.global_rank > 0 or then.world_size != now.world_size):
-            examples = position.place.examples * then.world_size // now.world_size
-            position = replace(position, place=position.place.unmarked(examples))
-        if then.world_size == now.world_size and (self._loader.is_adaptable or then == now):
-            return position
-        left = (position.batches - position.taken) * then.micro_batch_size * then.world_size
-        batches = (
-            position.batches
-            if math.isinf(left)
-            else position.taken + math.ceil(left / (now.micro_batch_size * now.world_size))
-        )
-        return replace(position, plan=now, batches=batches, change=None)
-
-    def _draw_on(self, position: EpochPosition) -> None:
-        change = position.change
-        self._loader.draws(position.plan, splits_tail=self._is_grown(position.plan))
-        self._loader.goes_on_at(position.place, None if change is None else (change.plan, change.at - position.taken))
-        resumed_loop.begin_epoch(self._trainer)
-        self._loader.draws(self._coming, splits_tail=self._is_grown(self._coming))
-
-    def _restore_epoch(self, position: EpochPosition, taken: int) -> None:
-        """Give the epoch its own length, windows and validations back, and the change that was to come."""
-        self._goes_on = True
-        self.plan = position.plan
-        self._loader.trains_on(self.plan)
-        self._trainer.accumulate_grad_batches = every(self.plan.accumulate, taken)
-        loops.set_epoch_end(self._trainer, position.batches)
-        if position.validations is not None:
-            loops.set_validations(self._trainer, *position.validations)
-        if position.change is not None:
-            change = position.change
-            self._offer = Offer(self._coming, change.plan, change.at, position.batches, position.batches)
-            self._validations = change.validations
 
     def _check_limits(self) -> None:
         base = self.known_base
@@ -501,57 +348,28 @@ class BatchResizer:
     def _end_after(self, plan: BatchPlan, at: int) -> float:
         """Return the number of batches of this epoch, if ``plan`` begins at batch ``at``."""
         end = self._trainer.num_training_batches
-        if end == float("inf") or self._pass is None:
+        if end == float("inf"):
             return float(end)
         is_number = isinstance(self._trainer.limit_train_batches, int)
         limit = end if is_number else self._moved(int(end), plan, at)
-        left = self._pass.batches_left(plan, at - self._pass_start)
+        left = self._follower.batches_left(plan, at)
         return limit if left is None else min(limit, at + left)
 
     # Windows.
 
-    def _follow(self, batch_idx: int) -> bool:
-        """Keep up with the batches that the trainer takes; tell whether this is the first of an epoch."""
-        is_new_epoch, self._is_new_epoch = self._is_new_epoch or (bool(self._missing) and batch_idx == 0), False
-        running = loops.running_pass(self._trainer) if self._loader.is_followed else None
-        running = None if running is self._begun else running
-        if is_new_epoch or running is not self._pass:
-            self._pass = running
-            if not self._goes_on:
-                self._offer = self._validations = None
-            self._goes_on = False
-            self._pass_start = self._taken = self._window_end = self._stepped = batch_idx
-            self._examples = 0 if running is None else running.begins_after
-            self._is_order_shared = running is None or self._is_shared(running)
-        while self._pass is not None and self._taken <= batch_idx:  # a batch of None passes by without a hook
-            drawn = self._pass.drawn.popleft()
-            self._loader.takes(drawn.examples)
-            self._last_taken = drawn.last
-            self._taken += 1
-        return is_new_epoch
+    def _begin_pass(self) -> None:
+        """The first batch of another pass over the data has come."""
+        self._offer = self._validations = None
 
-    def _is_shared(self, running: Pass) -> bool:
-        """Tell whether the states that one process has drawn its order from will do for all."""
-        random = None if running.origin is None else running.origin.random
-        if self._trainer.world_size == 1:
-            return True
-        drawn_from = 0 if random is None else mark(random.processor.tolist())
-        return agreed_over_ranks(drawn_from, self._trainer.strategy.root_device) is not None
-
-    def _next_window(self, batch_idx: int, is_new_epoch: bool) -> Window:
-        while self._pass is not None:
-            window = self._pass.windows.popleft()
-            self._window_end += len(window.sizes)
-            if batch_idx < self._window_end:
-                return Window(window.plan, window.sizes[batch_idx - self._window_end :])
+    def _counted_window(self, batch_idx: int, is_new_epoch: bool) -> Window:
         plan = self._coming if is_new_epoch else self.plan
         if self._offer is not None and self._offer.now is not None and batch_idx >= self._offer.at:
             plan = self._offer.now
-        self._window_end = batch_idx + plan.accumulate
+        self._follower.window_end = batch_idx + plan.accumulate
         return Window(plan, (plan.micro_batch_size,) * plan.accumulate)
 
     def _accumulate_window(self, batch_idx: int) -> None:
-        count, start = self.plan.accumulate, self._window_end - len(self.window.sizes)
+        count, start = self.plan.accumulate, self._follower.window_end - len(self.window.sizes)
         is_grown = self._is_grown(self.plan)
         if loops.updates_statistics(self._trainer) or not (is_grown or start % count):
             return  # as somebody else has set it

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_graddiv.batching.learning_rate import RULES, LearningRateRule, LearningRateScale
 from lightning_graddiv.batching.position import EpochPosition
 from lightning_graddiv.batching.random_states import RandomStates
-from lightning_graddiv.batching.resizer import BatchResizer
+from lightning_graddiv.batching.resumption import ResumableResizer
 from lightning_graddiv.batching.sample_clock import SampleClock
 from lightning_graddiv.callbacks.checks import (
     count_first_batch,
@@ -118,7 +118,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         stability: DifferentialDiversityMonitor | None = None,
     ) -> None:
         self._scale = LearningRateScale(scale_lr, warm_in)
-        self._resizer: BatchResizer | None = None
+        self._resizer: ResumableResizer | None = None
         self.max_micro_batch_size = max_micro_batch_size
         super().__init__(every_n_steps, engine, max_examples, window, confidence, log_prefix)
         require(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
@@ -170,7 +170,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         refuse_other_resizers(trainer, self)
         if self.stability is not None:
             require_among_callbacks(trainer, self.stability, "stability")
-        self._resizer = BatchResizer(
+        self._resizer = ResumableResizer(
             trainer,
             max_batch_size=self.max_batch_size,
             max_micro_batch_size=self.max_micro_batch_size,
@@ -188,7 +188,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         resizer = self._running()
         self._clock.start(trainer.estimated_stepping_batches, ends_by_steps=trainer.max_steps != -1)
         resizer.micro_batch_cap = self._micro_batches.cap
-        resizer.start(self._size_to_go_on_with(), self._position, self._random)
+        resizer.start(self._size_to_go_on_with())
+        if self._position is not None:
+            resizer.go_on_from(self._position, self._random)
         self._take_size(trainer)
         for limit in resizer.limits:
             rank_zero_warn(f"AdaptiveBatchSize: {limit}")
@@ -486,7 +488,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     def _learning_rate_factor(self) -> float:
         return self._scale.applied
 
-    def _running(self) -> BatchResizer:
+    def _running(self) -> ResumableResizer:
         if self._resizer is None:
             raise RuntimeError("AdaptiveBatchSize resizes batches only while `fit` runs.")
         return self._resizer

@@ -412,6 +412,30 @@ def test_loaders_made_anew_each_epoch(tmp_path):
             assert [step.examples for step in again.steps] == [s.examples for s in module.steps[again.first_step :]]
 
 
+@pytest.mark.filterwarnings("ignore:AdaptiveBatchSize. the batch grows by gradient accumulation only")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_data_that_begins_anew_keeps_sizes_and_the_epochs_length(tmp_path):
+    """Of batches that are made elsewhere nobody knows the size before the first."""
+
+    class Batches:
+        def __len__(self):
+            return 15
+
+        def __iter__(self):
+            return iter(train_loader(shuffle=False, drop_last=True))
+
+    files, (_, reference) = checkpoints(tmp_path, "on_train_batch_end", loader=Batches, max_epochs=2)
+    assert reference.batch_size == 16
+    for file in files[3::7]:
+        callback = growing()
+        again, _ = run(callback, Batches(), ckpt_path=file, max_epochs=2)
+        done = int(file.name.partition("batch")[2].partition("batch")[2].partition(".")[0])
+        epochs = [[batch for step in again.steps if step.epoch == epoch for batch in step.batches] for epoch in (0, 1)]
+        first = list(range(done, 15))
+        assert epochs == ([first, list(range(15))] if "epoch0" in file.name else [[], first])
+        assert callback.batch_size == reference.batch_size
+
+
 def test_a_validation_that_was_due_is_run(tmp_path):
     """Lightning itself takes one that had not begun for one that has ended."""
     kwargs = {"val_check_interval": 4, "max_epochs": 1}
