@@ -154,7 +154,7 @@ def test_processes_with_a_distributed_sampler_are_not(runs):
     assert [result["warned"] for result in runs(ddp_runs.sampled_data)] == [0, 0]
 
 
-def test_policies_that_differ_between_processes_cannot_make_them_differ(runs):
+def test_t28_policies_that_differ_between_processes_cannot_make_them_differ(runs):
     first, second = runs(ddp_runs.divergent_policies)
     assert first == second
     assert first["history"] == [16]

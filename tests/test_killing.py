@@ -42,7 +42,7 @@ def assert_the_same(folder, processes):
     return growths
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0)])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
 def test_a_few_times(processes, workers, tmp_path):
     kill(tmp_path, processes, 3, workers)
     assert_the_same(tmp_path, processes)

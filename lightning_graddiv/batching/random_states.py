@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ctypes import string_at
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,10 @@ class RandomStates:
             generators: of the user's.
             device: that trains.
         """
-        numpy_state: Any = np.random.get_state()
         cuda = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
         return cls(
             random.getstate(),
-            numpy_state,
+            _NUMPY.state(),
             torch.get_rng_state(),
             cuda,
             tuple(generator.get_state() for generator in generators),
@@ -96,6 +96,35 @@ class RandomStates:
             None if state["cuda"] is None else state["cuda"].cpu(),
             tuple(own.cpu() for own in state["own"]),
         )
+
+
+class _NumpyState:
+    """The state of ``numpy.random``, which takes long to ask for: not again while it is the same.
+
+    It can be seen in memory. Only a normal number that is kept for the next call cannot.
+    """
+
+    def __init__(self) -> None:
+        self._seen = b""
+        self._state: tuple[Any, ...] = ()
+
+    def state(self) -> tuple[Any, ...]:
+        """Return what ``numpy.random.get_state`` does."""
+        of_numpy: Any = np.random
+        generator = of_numpy.get_bit_generator()
+        is_known = type(generator) is np.random.MT19937
+        seen = string_at(generator.ctypes.state_address, _MT19937_BYTES) if is_known else b""
+        keeps_normal = not self._state or self._state[3]
+        if seen != self._seen or not is_known or keeps_normal:
+            state: Any = np.random.get_state()
+            self._seen, self._state = seen, state
+        return self._state
+
+
+_MT19937_BYTES = 625 * 4
+"""624 words, and the position among them."""
+
+_NUMPY = _NumpyState()
 
 
 def generators_of(*holders: Any) -> list[Generator]:

@@ -334,6 +334,8 @@ def test_t26_steps_are_counted_by_the_callback_and_what_is_not_finite_is_dropped
     with warned("not finite"):
         module, _ = fit(callback, module=Overflows(EXAMPLES), epochs=1)
     assert callback.history[0].step == 6  # one measurement later than the fifth step
+    assert callback.dropped == 1
+    assert callback.measurements == callback.optimizer_steps - 1
     assert len(module.steps) == callback.optimizer_steps
 
 

@@ -1,0 +1,73 @@
+"""The random states go into a checkpoint and come back, and what they give is what they would have given."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_graddiv.batching.random_states import RandomStates, generators_of
+
+DRAWS = {
+    "python": random.random,
+    "python normal": lambda: random.gauss(0, 1),
+    "numpy": np.random.rand,
+    "numpy normal": np.random.randn,
+    "torch": lambda: torch.rand(()).item(),
+}
+
+
+@pytest.fixture(autouse=True)
+def put_back():
+    with RandomStates.now().restored():
+        yield
+
+
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_is_drawn_after_a_checkpoint_is_what_would_have_been(name, before, tmp_path):
+    """Normal numbers are drawn in pairs, of which one waits."""
+    for _ in range(before):
+        RandomStates.now()
+        DRAWS[name]()
+    torch.save(RandomStates.now().state_dict(), tmp_path / "states")
+    expected = [DRAWS[name]() for _ in range(5)]
+    np.random.seed(1)
+    RandomStates.from_state_dict(torch.load(tmp_path / "states", weights_only=True)).restore()
+    assert [DRAWS[name]() for _ in range(5)] == expected
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_it_tells_whether_anything_was_drawn(name):
+    states = RandomStates.now()
+    assert states.is_equal_to(RandomStates.now())
+    DRAWS[name]()
+    assert not states.is_equal_to(RandomStates.now())
+
+
+def test_another_kind_of_numpys_generator():
+    mine = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.MT19937(3))
+    try:
+        states = RandomStates.now()
+        expected = np.random.rand()
+        states.restore()
+        assert np.random.rand() == expected
+    finally:
+        np.random.set_bit_generator(mine)
+
+
+def test_generators_of_the_users():
+    shared, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+
+    class Holder:
+        def __init__(self, generator):
+            self.generator = generator
+
+    generators = generators_of(Holder(shared), Holder(None), object(), Holder(other), Holder(shared))
+    assert generators == [shared, other]
+    states = RandomStates.now(generators)
+    expected = [torch.rand((), generator=generator) for generator in generators]
+    with states.restored(generators):
+        assert [torch.rand((), generator=generator) for generator in generators] == expected
+    assert torch.rand((), generator=shared) != expected[0]
