@@ -18,6 +18,7 @@ import lightning_graddiv
 
 __all__ = [
     "AdaptiveBatchSize",
+    "BatchSizeBoundFinder",
     "DifferentialDiversityMonitor",
     "DropConnect",
     "GradientDiversityMonitor",
@@ -35,6 +36,10 @@ class GradientDiversityMonitor(lightning_graddiv.GradientDiversityMonitor, Callb
 
 class AdaptiveBatchSize(lightning_graddiv.AdaptiveBatchSize, GradientDiversityMonitor):  # type: ignore[misc]
     """As :class:`lightning_graddiv.AdaptiveBatchSize`."""
+
+
+class BatchSizeBoundFinder(lightning_graddiv.BatchSizeBoundFinder, Callback):  # type: ignore[misc]
+    """As :class:`lightning_graddiv.BatchSizeBoundFinder`."""
 
 
 class DifferentialDiversityMonitor(lightning_graddiv.DifferentialDiversityMonitor, Callback):  # type: ignore[misc]

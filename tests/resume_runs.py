@@ -4,6 +4,7 @@ Run as `python -m tests.resume_runs FOLDER`; test_resume_ddp.py reads the folder
 """
 
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
 
-from tests.resuming import EXAMPLES, Saves, Traced, differences, growing, numbered_rows, run, train_loader
+from tests.resuming import Saves, Traced, differences, growing, numbered_rows, run, train_loader
 
+EXAMPLES = 64
+"""A last batch of one example could prove nothing after the checkpoint, where it need not have before it."""
+
+# Workers that are forked from a process with the threads of a process group may hang; these are not.
+WORKERS = {"num_workers": 2, "multiprocessing_context": "forkserver"}
 TWO = {"strategy": "ddp", "devices": 2}
 
 
@@ -31,9 +36,9 @@ CASES = {
     "plain": ({}, {}, {}),
     "idle": ({}, {"every_n_steps": 10**9}, {"accumulate_grad_batches": 2}),
     "windows": ({}, {"max_micro_batch_size": 4}, {"accumulate_grad_batches": 2, "val_check_interval": 0.5}),
-    "workers": ({"num_workers": 2}, {}, {}),
-    "max_steps": ({"num_workers": 2, "persistent_workers": True}, {}, {"max_epochs": -1, "max_steps": 30}),
-    "anew": ({"num_workers": 2}, {}, {"reload_dataloaders_every_n_epochs": 1}),
+    "workers": (WORKERS, {}, {}),
+    "max_steps": ({**WORKERS, "persistent_workers": True}, {}, {"max_epochs": -1, "max_steps": 30}),
+    "anew": (WORKERS, {}, {"reload_dataloaders_every_n_epochs": 1}),
 }
 HOOKS = ("on_before_backward", "on_train_batch_end", "on_validation_end", "on_train_epoch_end")
 
@@ -43,15 +48,14 @@ def training(case, *others, ckpt_path=None):
 
     class OwnLoader(WithoutNoise):
         def train_dataloader(self):
-            # A last batch of one example could prove nothing after the checkpoint, where it need not have before it.
-            return train_loader(**{"batch_size": 2, "dataset": numbered_rows(64), **of_loader})
+            return train_loader(**{"batch_size": 2, "dataset": numbered_rows(EXAMPLES), **of_loader})
 
     callback = growing(cooldown=5, **of_callback)
     module, _ = run(callback, None, *others, module=OwnLoader(), ckpt_path=ckpt_path, **TWO, **of_trainer)
     return module, callback
 
 
-def from_everywhere(folder, case, picks=5):
+def from_everywhere(folder, case, picks=4):
     saves = Saves(folder / case, HOOKS)
     whole = training(case, saves)
     assert (case == "idle") == (not whole[1].history)
@@ -59,20 +63,6 @@ def from_everywhere(folder, case, picks=5):
     files = random.Random(case).sample(saves.files, picks) + ends
     found = {file.name: differences(whole, training(case, ckpt_path=file)) for file in files}
     return {name: wrong for name, wrong in found.items() if wrong}
-
-
-class OwnOrder(Sampler):
-    """Not the same on both processes."""
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    def __len__(self):
-        return EXAMPLES
-
-    def __iter__(self):
-        torch.manual_seed(torch.randint(1000, ()).item() + self.rank)
-        return iter(torch.randperm(EXAMPLES).tolist())
 
 
 def orders_of_their_own(folder):
@@ -102,6 +92,7 @@ def fewer_processes(folder):
 def main(folder: Path) -> None:
     rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.set_num_threads(1)
+    multiprocessing.set_forkserver_preload(["tests.resuming"])
     results = {case: from_everywhere(folder, case) for case in CASES}
     results["own orders"] = orders_of_their_own(folder)
     results["for one process"] = fewer_processes(folder)

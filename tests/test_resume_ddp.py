@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from tests import resume_runs
-from tests.resuming import EXAMPLES, growing, run, train_loader
+from tests.resuming import growing, numbered_rows, run, train_loader
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,9 @@ def test_with_fewer_processes_the_epoch_goes_on_with_the_examples_that_are_left(
     file = runs[0]["for one process"]
     seen = torch.load(file)["callbacks"]["AdaptiveBatchSize"]["position"]["place"]["examples"] * 2
     assert seen == 20
-    module, _ = run(
-        growing(every_n_steps=10**9), train_loader(shuffle=False, batch_size=4), ckpt_path=file, max_epochs=1
-    )
+    rows = numbered_rows(resume_runs.EXAMPLES)
+    order = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=True)
+    one = train_loader(dataset=rows, batch_size=4, shuffle=False, sampler=order)
+    module, _ = run(growing(every_n_steps=10**9), one, ckpt_path=file, max_epochs=1)
     trained = [example for step in module.steps for batch in step.examples for example in batch]
-    assert sorted(trained) == list(range(seen, EXAMPLES))
+    assert trained == list(order)[seen:]

@@ -83,6 +83,14 @@ class EpochPosition:
     is_begun: bool = False
     is_validated: bool = True
 
+    @property
+    def examples_left(self) -> float:
+        """The examples of the rest of the epoch, over all processes, if its last batch is full."""
+        later = self.plan if self.change is None else self.change.plan
+        turn = self.batches if self.change is None else self.change.at
+        sizes = (turn - self.taken, self.plan.micro_batch_size), (self.batches - turn, later.micro_batch_size)
+        return sum(batches * size for batches, size in sizes) * self.plan.world_size
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position as tensors and primitives."""
         place = self.place

@@ -151,8 +151,7 @@ class ResumableResizer(BatchResizer):
             return position
         batches = position.batches
         if not math.isinf(batches):
-            left = (batches - position.taken) * then.micro_batch_size * then.world_size
-            batches = position.taken + math.ceil(left / (now.micro_batch_size * now.world_size))
+            batches = position.taken + math.ceil(position.examples_left / (now.micro_batch_size * now.world_size))
         return replace(position, plan=now, batches=batches, change=None)
 
     def _open_epoch(self, replays: bool) -> None:

@@ -392,7 +392,9 @@ class TestAccumulationMakesUp:
         assert callback.state_dict()["micro_batch_cap"] == 31
 
     def test_nothing_is_known_against_a_size_before(self):
-        assert adaptive().state_dict()["micro_batch_cap"] is None
+        callback = adaptive()
+        fit(Narrow(8), callback, epochs=1, limit_train_batches=1)
+        assert callback.state_dict()["micro_batch_cap"] is None
 
     def test_not_more_than_the_user_allows_is_tried(self, trials):
         fit(Narrow(8), adaptive(max_micro_batch_size=8))
