@@ -25,7 +25,7 @@ from torch import nn
 from tests.resuming import Traced, growing, numbered_rows, run, train_loader
 
 EXAMPLES = 160
-SECONDS_A_STEP = 0.02
+SECONDS_A_STEP = 0.01
 LARGEST = 64
 FIRST_SEED = 5
 

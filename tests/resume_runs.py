@@ -55,7 +55,7 @@ def training(case, *others, ckpt_path=None):
     return module, callback
 
 
-def from_everywhere(folder, case, picks=4):
+def from_everywhere(folder, case, picks=3):
     saves = Saves(folder / case, HOOKS)
     whole = training(case, saves)
     assert (case == "idle") == (not whole[1].history)

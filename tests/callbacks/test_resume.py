@@ -92,7 +92,7 @@ def resume_from_everywhere(case, folder, picks=None):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in SLOWER])
 def test_from_checkpoints_in_any_hook(case, tmp_path):
-    assert resume_from_everywhere(case, tmp_path, picks=4) == {}
+    assert resume_from_everywhere(case, tmp_path, picks=3) == {}
 
 
 @pytest.mark.slow
@@ -113,22 +113,31 @@ class Interrupts(Callback):
             raise RuntimeError("the power went out")
 
 
+class Keeps(Callback):
+    """Does what Lightning's checkpoints of an exception do, in each of its versions."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_exception(self, trainer, *_):
+        trainer.save_checkpoint(self.file)
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["before it", "after it"])
-@pytest.mark.parametrize("when", [(0, 5), (1, 0), (1, 2)])
+@pytest.mark.parametrize("when", [(0, 5), (1, 0)])
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"])
 def test_from_a_checkpoint_of_an_exception(hook, when, first, tmp_path):
     """In another callback's hook, before or after that of this one, which may not have heard of the step that ended."""
-    kwargs = {"accumulate_grad_batches": 2, "enable_checkpointing": True}
+    kwargs = {"accumulate_grad_batches": 2}
     reference, crashed = growing(), growing()
-    module, _ = run(reference, train_loader(), ModelCheckpoint(tmp_path / "whole"), **kwargs)
+    module, _ = run(reference, train_loader(), **kwargs)
     stops = Interrupts(hook, *when)
-    keeps = ModelCheckpoint(tmp_path, save_on_exception=True, save_top_k=0, every_n_epochs=100)
+    keeps = Keeps(tmp_path / "exception.ckpt")
     callbacks = (crashed, stops) if first else (stops, crashed)
     with pytest.raises(RuntimeError, match="the power went out"):
         run(callbacks[0], train_loader(), callbacks[1], keeps, **kwargs)
-    (file,) = tmp_path.glob("*.ckpt")
     callback = growing()
-    again, _ = run(callback, train_loader(), keeps, ckpt_path=file, seed=99, **kwargs)
+    again, _ = run(callback, train_loader(), ckpt_path=keeps.file, seed=99, **kwargs)
     assert differences((module, reference), (again, callback)) == []
 
 
@@ -250,7 +259,7 @@ def test_t9_a_window_that_was_under_way_is_trained_on_again_as_a_whole(workers, 
         return train_loader(num_workers=workers)
 
     files, whole = checkpoints(tmp_path, "on_train_batch_end", loader=loader, accumulate_grad_batches=4, max_epochs=2)
-    for file in files[:: 1 if workers == 0 else 6]:
+    for file in files[:: 2 if workers == 0 else 7]:
         callback = growing()
         again, _ = run(callback, loader(), ckpt_path=file, seed=99, accumulate_grad_batches=4, max_epochs=2)
         assert differences(whole, (again, callback)) == [], file.name
