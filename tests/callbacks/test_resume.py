@@ -204,28 +204,33 @@ def checkpoints(tmp_path, hook, *, loader=train_loader, module=None, **kwargs):
     return saves.files, (module, reference)
 
 
-def test_t7_an_epoch_after_a_checkpoint_of_an_epochs_end_has_its_own_order(tmp_path):
-    """Two workers have drawn their first batches before the sampler is told which epoch it is."""
+class ByEpoch(Sampler):
+    epoch = 0
 
-    class ByEpoch(Sampler):
-        epoch = 0
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
-        def set_epoch(self, epoch):
-            self.epoch = epoch
+    def __len__(self):
+        return EXAMPLES
 
-        def __len__(self):
-            return EXAMPLES
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        return iter(torch.randperm(EXAMPLES, generator=generator).tolist())
 
-        def __iter__(self):
-            generator = torch.Generator().manual_seed(self.epoch)
-            return iter(torch.randperm(EXAMPLES, generator=generator).tolist())
+
+@pytest.mark.parametrize("ends", [{}, WITH_STEPS], ids=["max_epochs", "max_steps"])
+def test_t7_an_epoch_after_a_checkpoint_of_an_epochs_end_has_its_own_order(ends, tmp_path):
+    """Two workers have drawn their first batches before the sampler is told which epoch it is.
+
+    With `max_steps`, Lightning ends the checkpoint's epoch once more, and would count it twice.
+    """
 
     def loader():
         return train_loader(shuffle=False, sampler=ByEpoch(), num_workers=2)
 
-    files, whole = checkpoints(tmp_path, "on_train_epoch_end", loader=loader)
+    files, whole = checkpoints(tmp_path, "on_train_epoch_end", loader=loader, **ends)
     callback = growing()
-    again, _ = run(callback, loader(), ckpt_path=files[1])
+    again, _ = run(callback, loader(), ckpt_path=files[1], **ends)
     assert differences(whole, (again, callback)) == []
 
 
@@ -319,11 +324,13 @@ def test_t11_tuners_save_and_load_before_it_has(finder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_t12_an_epoch_that_had_ended_is_not_trained_on_again(epoch, tmp_path):
-    """With `max_steps`, Lightning takes it up again, and compares what was done with the length of a new one."""
-    files, whole = checkpoints(tmp_path, "on_train_epoch_end", **WITH_STEPS)
+@pytest.mark.parametrize("validations", [{}, {"limit_val_batches": 0}, {"check_val_every_n_epoch": 3}], ids=str)
+def test_t12_an_epoch_that_had_ended_is_not_trained_on_again(validations, epoch, tmp_path):
+    """With `max_steps`, Lightning takes it up again; where it had not validated, it asks for one batch more."""
+    kwargs = {**WITH_STEPS, **validations}
+    files, whole = checkpoints(tmp_path, "on_train_epoch_end", **kwargs)
     callback = growing()
-    again, _ = run(callback, train_loader(), ckpt_path=files[epoch], seed=99, **WITH_STEPS)
+    again, _ = run(callback, train_loader(), ckpt_path=files[epoch], seed=99, **kwargs)
     assert differences(whole, (again, callback)) == []
 
 
@@ -465,6 +472,42 @@ def test_a_validation_that_has_been_run_is_not_begun_again(name, tmp_path):
     callback = growing()
     again, _ = run(callback, train_loader(), ckpt_path=file, seed=99, **kwargs)
     assert differences(whole, (again, callback)) == []
+
+
+class OnPlateau(Traced):
+    """Its rate falls after every optimizer step whose loss is no better."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), self.rate)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=0)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "monitor": "loss", "strict": False},
+        }
+
+
+def test_a_schedule_that_waits_for_a_plateau_takes_no_step_twice(tmp_path):
+    """After a validation that has been run, Lightning ends the batch before it once more."""
+    kwargs = {"val_check_interval": 4, "max_epochs": 1, "module": OnPlateau}
+    files, whole = checkpoints(tmp_path, "on_before_backward", **kwargs)
+    (file,) = [file for file in files if "batch5" in file.name]
+    callback = growing()
+    again, _ = run(callback, train_loader(), ckpt_path=file, seed=99, **{**kwargs, "module": OnPlateau()})
+    assert differences(whole, (again, callback)) == []
+
+
+def test_a_measurement_that_could_not_be_made_is_still_due(tmp_path):
+    """The epoch's last batch holds one example: the next epoch's first is measured in its place."""
+
+    def monitor():
+        return GradientDiversityMonitor(every_n_steps=16)
+
+    saves, reference = Saves(tmp_path, ("on_train_epoch_end",)), monitor()
+    run(reference, train_loader(shuffle=False), saves, max_epochs=2)
+    assert reference.measurements == 1
+    callback = monitor()
+    run(callback, train_loader(shuffle=False), ckpt_path=saves.files[0], max_epochs=2)
+    assert callback.measurements == 1
 
 
 def test_a_monitor_goes_on_with_its_window(tmp_path):
