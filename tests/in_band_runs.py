@@ -134,6 +134,30 @@ def fsdp2_accumulated(rank):
     return run(Sharded(), strategy, accumulate_grad_batches=3)
 
 
+def fsdp2_validated(rank):
+    """A validation has no backward pass, after which FSDP2 would put the parameters' pieces back."""
+
+    class Validated(Sharded):
+        def on_train_batch_start(self, batch, batch_idx):
+            held = self.trainer.optimizers[0].param_groups[0]["params"]  # a state_dict would put the pieces back
+            weights = {name: p.full_tensor().detach() for name, p in zip(self.names, held, strict=True)}
+            self.steps.append(Step(weights, divisor=1))
+            self.steps[-1].batches.append(batch)
+
+        def configure_optimizers(self):
+            self.names = [name for name, _ in self.net.named_parameters()]
+            return super().configure_optimizers()
+
+        def validation_step(self, batch, batch_idx):
+            self.net(batch[0])
+
+        def val_dataloader(self):
+            return self.train_dataloader()
+
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return run(Validated(), strategy, val_check_interval=2, num_sanity_val_steps=1)
+
+
 def fsdp2_uncovered(rank):
     """Batch normalisation cannot be looked into where the parameters are in pieces."""
 
@@ -251,6 +275,7 @@ RUNS = (
     known_truth,
     fsdp2,
     fsdp2_accumulated,
+    fsdp2_validated,
     fsdp2_uncovered,
 )
 

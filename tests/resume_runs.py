@@ -12,7 +12,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from tests.resuming import Saves, Traced, differences, growing, numbered_rows, run, train_loader
 
@@ -65,6 +67,30 @@ def from_everywhere(folder, case, picks=3):
     return {name: wrong for name, wrong in found.items() if wrong}
 
 
+def sharded(folder):
+    """Under FSDP2 a checkpoint is a folder that all processes write to."""
+
+    class Sharded(WithoutNoise):
+        def configure_model(self):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def train_dataloader(self):
+            return train_loader(batch_size=2, dataset=numbered_rows(EXAMPLES))
+
+    def training(*others, ckpt_path=None):
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        callback = growing(cooldown=5)
+        kwargs = {"strategy": strategy, "devices": 2, "accumulate_grad_batches": 2, "max_epochs": 2}
+        module, _ = run(callback, None, *others, module=Sharded(), ckpt_path=ckpt_path, **kwargs)
+        return module, callback
+
+    saves = Saves(folder / "sharded", HOOKS)
+    whole = training(saves)
+    assert whole[1].history
+    found = {file.name: differences(whole, training(ckpt_path=file)) for file in saves.files[4::17]}
+    return {name: wrong for name, wrong in found.items() if wrong}
+
+
 def orders_of_their_own(folder):
     """One process's random states do for all only where they are the same."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -94,6 +120,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_forkserver_preload(["tests.resuming"])
     results = {case: from_everywhere(folder, case) for case in CASES}
+    results["sharded"] = sharded(folder)
     results["own orders"] = orders_of_their_own(folder)
     results["for one process"] = fewer_processes(folder)
     (folder / f"{rank}.json").write_text(json.dumps(results))

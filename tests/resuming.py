@@ -67,8 +67,11 @@ class Traced(LightningModule):
         """Return the optimizer step that has just been taken."""
         batches, examples = zip(*self._open, strict=True)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        weights = torch.cat([p.detach().flatten() for p in self.parameters()])
-        return Step(self.current_epoch, list(batches), list(examples), rate, weights)
+        return Step(self.current_epoch, list(batches), list(examples), rate, self.weights())
+
+    def weights(self) -> Tensor:
+        """Return this process's weights, in one vector."""
+        return torch.cat([getattr(p, "to_local", p.detach)().detach().flatten() for p in self.parameters()])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)

@@ -53,6 +53,7 @@ def worst_error(results, net=None, **kwargs):
         in_band_runs.bucket_view,
         in_band_runs.fsdp2,
         in_band_runs.fsdp2_accumulated,
+        in_band_runs.fsdp2_validated,
     ],
     ids=lambda run: run.__name__,
 )

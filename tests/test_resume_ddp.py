@@ -30,6 +30,10 @@ def test_from_checkpoints_in_any_hook(runs, case):
     assert [result[case] for result in runs] == [{}, {}]
 
 
+def test_with_sharded_parameters(runs):
+    assert [result["sharded"] for result in runs] == [{}, {}]
+
+
 def test_orders_that_differ_between_processes_are_said(runs):
     assert [result["own orders"] for result in runs] == [1, 0]
 

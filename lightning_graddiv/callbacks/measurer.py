@@ -25,7 +25,7 @@ from lightning_graddiv.callbacks.tap import TrainingStepTap
 from lightning_graddiv.distributed import smallest_over_ranks
 from lightning_graddiv.errors import CouplingError, MeasurementError
 from lightning_graddiv.per_example.batches import count_examples
-from lightning_graddiv.per_example.ghost import is_sharded
+from lightning_graddiv.per_example.ghost import is_sharded, reshard
 from lightning_graddiv.per_example.ghost_engine import GhostEngine
 from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, InBandStep
 from lightning_graddiv.per_example.select import PerExampleEngine
@@ -375,5 +375,8 @@ def _no_parameters(module: nn.Module) -> MeasurementError:
 
 
 def _trained(module: nn.Module, optimizer: Any) -> list[nn.Parameter]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [p for p in module.parameters() if p.requires_grad and id(p) in held]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(map(is_sharded, held)):
+        reshard(module)
+    ids = set(map(id, held))
+    return [p for p in module.parameters() if p.requires_grad and id(p) in ids]

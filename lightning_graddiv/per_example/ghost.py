@@ -309,3 +309,15 @@ def allows_tf32() -> bool:
 def is_sharded(tensor: Tensor | None) -> bool:
     """Tell a parameter of which this process holds only a part (FSDP2)."""
     return hasattr(tensor, "device_mesh")
+
+
+def reshard(module: nn.Module) -> None:
+    """Put this process's pieces of parameters (FSDP2), which the optimizer holds, back in the place of whole ones.
+
+    The outermost sharded modules have whole ones after a validation: it is a backward pass that puts the pieces back.
+    """
+    from torch.distributed.fsdp import FSDPModule  # where torch is built without processes, nothing is sharded
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
