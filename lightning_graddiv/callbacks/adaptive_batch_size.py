@@ -31,9 +31,11 @@ from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
 from lightning_graddiv.callbacks.out_of_memory import is_out_of_memory, name_cures
 from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
 from lightning_graddiv.callbacks.trial import MicroBatchTrial
-from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
+from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, DiversityEstimate, GradientMoments
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
+
+EVERY_N_STEPS, EVERY_N_STEPS_WHILE_WAITING = 80, 20
 
 
 class AdaptiveBatchSize(GradientDiversityMonitor):
@@ -53,8 +55,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     examples then; as a fraction it stays that part of the data.
 
     Args:
-        every_n_steps: see :class:`GradientDiversityMonitor`, as for the next five.
-        engine: see there.
+        every_n_steps: optimizer steps from one measurement to the next. None: 20 while a growth waits for measurements
+            (see ``cooldown``), 80 else.
+        engine: see :class:`GradientDiversityMonitor`, as for the next four.
         max_examples: see there.
         window: see there; it also restarts at growth.
         confidence: see there.
@@ -99,7 +102,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     def __init__(
         self,
-        every_n_steps: int = 80,
+        every_n_steps: int | None = None,
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,
@@ -120,6 +123,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._scale = LearningRateScale(scale_lr, warm_in)
         self._resizer: ResumableResizer | None = None
         self.max_micro_batch_size = max_micro_batch_size
+        self._waits_actively = every_n_steps is None
+        every_n_steps = EVERY_N_STEPS if every_n_steps is None else every_n_steps
         super().__init__(every_n_steps, engine, max_examples, window, confidence, log_prefix)
         require(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
         is_factor = isinstance(growth_factor, int) and growth_factor >= 2
@@ -410,6 +415,14 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         """A drop of the learning rate empties the window too, and the interval of a few probes is a gamble."""
         is_cool = not self.history or self._measured_since_growth >= self.cooldown
         return is_cool and len(self._window) >= min(self.cooldown, self._window.size, MIN_PROBES_KEPT_BY_AGE)
+
+    @override
+    def _interval(self) -> int:
+        """What a growth waits for comes soon: it holds up training for longer than measuring takes."""
+        may_grow = self.batch_size * self.growth_factor <= self.max_batch_size
+        is_enough = len(self._window) >= MIN_PROBES_FOR_INTERVAL and self._has_measured_enough()
+        waits = self._waits_actively and may_grow and not is_enough
+        return EVERY_N_STEPS_WHILE_WAITING if waits else self.every_n_steps
 
     def _take_effect(self, trainer: Trainer, pending: Growth) -> None:
         """The first micro-batch of the new size is about to be trained on."""

@@ -156,6 +156,38 @@ class TestGrowth:
         fit(adaptive(cooldown=8, every_n_steps=3), module=module, train=loader(EXAMPLES, 4))  # 5 probes an epoch
         assert sizes_by_epoch(module) == [4, 4, 4, 4]
 
+    @pytest.mark.parametrize(
+        ("arguments", "steps"),
+        [
+            ({}, [20, 40, 60, 80, 160, 240, 320]),
+            ({"cooldown": 0}, [20, 40, 60, 80, 160, 240, 320]),
+            ({"cooldown": 6}, [20, 40, 60, 80, 100, 120, 160, 240, 320]),
+            ({"max_batch_size": 7}, [80, 160, 240, 320]),
+            ({"every_n_steps": 80}, [80, 160, 240, 320]),
+        ],
+        ids=str,
+    )
+    def test_measures_more_often_while_a_growth_waits_for_it(self, arguments, steps):
+        measured = []
+
+        class Tells(AdaptiveBatchSize):
+            def on_estimate(self, trainer, pl_module, estimate):
+                measured.append(self.optimizer_steps)
+
+        fit(Tells(**{"max_batch_size": 16, "cooldown": 4, "policy": lambda *_: 0.0, **arguments}), epochs=21)
+        assert measured == steps
+
+    def test_the_first_measurements_after_a_growth_follow_one_another_soon(self):
+        measured = []
+
+        class Tells(AdaptiveBatchSize):
+            def on_estimate(self, trainer, pl_module, estimate):
+                measured.append((self.optimizer_steps, self.batch_size))
+
+        fit(Tells(max_batch_size=16, cooldown=4, policy=lambda _, run: 8 if run.step >= 160 else 0), epochs=30)
+        assert measured[:5] == [(20, 4), (40, 4), (60, 4), (80, 4), (160, 4)]
+        assert measured[5:] == [(180, 8), (200, 8), (220, 8), (240, 8), (320, 8)]
+
     def test_cools_down_between_growths(self):
         module, _ = fit(adaptive(cooldown=9))
         assert sizes(module.steps) == [4] * 8 + [8] * 4 + [8] * 5 + [16, 8] + [16] * 4 * 2
