@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import race_tracks
 import torch
 from race_contestants import CONTESTANTS, DEFAULT, Contestant
 from race_run import Plan, begin, quiet, run
@@ -46,7 +47,7 @@ OVERRIDES = ("every_n_steps", "cooldown", "window", "growth_factor", "confidence
 
 QUICK: dict[str, Any] = {"epochs": 4, "target": 0.87}
 QUICK_CONTESTANTS = ("small", "fixed 256", "Doubling", DEFAULT)
-QUICK_RATES = {"small": 0.01, "fixed 256": 0.08, "Doubling": 0.01, DEFAULT: 0.01}
+QUICK_RATES = {"small": 0.01, "fixed 256": 0.04, "Doubling": 0.01, DEFAULT: 0.01}
 """Where no race has been run: what smoke runs say."""
 
 SWEEP: dict[str, tuple[Any, ...]] = {
@@ -71,6 +72,8 @@ class Runs:
         lines = path.read_text().splitlines() if path.exists() else []
         self._results = {as_text(entry["key"]): entry["result"] for entry in map(json.loads, lines)}
         self.failed: list[Result] = []
+        self._pool: ProcessPoolExecutor | None = None
+        self._phase: Phase | None = None
 
     def __contains__(self, plan: Plan) -> bool:
         return as_text(plan.key()) in self._results
@@ -98,26 +101,36 @@ class Runs:
             for plan in missing:
                 self.add(plan, run(plan))
             return
-        shares = cores_of(phase)
-        context = get_context("spawn")
-        queue = context.Queue()
-        for share in shares:
-            queue.put(share)
-        track = missing[0].track
+        pool = self.pool(phase, missing[0].track, data_dir)
         started = time.perf_counter()
-        with ProcessPoolExecutor(
-            min(len(shares), len(missing)),
-            mp_context=context,
-            initializer=begin,
-            initargs=(queue, track, data_dir),
-        ) as pool:
-            futures = {pool.submit(run, plan): plan for plan in missing}
-            for count, future in enumerate(as_completed(futures), start=1):
-                plan, result = futures[future], future.result()
-                self.add(plan, result)
-                if "failed" not in result:
-                    spent = time.perf_counter() - started
-                    print(f"{spent:6.0f} s  {count:3}/{len(futures)}  {line(plan, result)}", flush=True)
+        futures = {pool.submit(run, plan): plan for plan in missing}
+        for count, future in enumerate(as_completed(futures), start=1):
+            plan, result = futures[future], future.result()
+            self.add(plan, result)
+            if "failed" not in result:
+                spent = time.perf_counter() - started
+                print(f"{spent:6.0f} s  {count:3}/{len(futures)}  {line(plan, result)}", flush=True)
+
+    def pool(self, phase: Phase, track: str, data_dir: Path | None) -> ProcessPoolExecutor:
+        """Return processes that have read the track's data; those of another phase end before."""
+        if self._pool is None or self._phase != phase:
+            self.close()
+            shares = cores_of(phase)
+            context = get_context("spawn")
+            queue = context.Queue()
+            for share in shares:
+                queue.put(share)
+            self._pool = ProcessPoolExecutor(
+                len(shares), mp_context=context, initializer=begin, initargs=(queue, track, data_dir)
+            )
+            self._phase = phase
+        return self._pool
+
+    def close(self) -> None:
+        """End the processes that run."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def cores_of(phase: Phase) -> list[list[int]]:
@@ -251,9 +264,8 @@ def grid_around(track: Track, contestant: Contestant) -> list[float]:
 def tune_all(race: Race, names: Sequence[str]) -> dict[str, dict[float, Result]]:
     """Tune every contestant; the large batch comes last, since its grid hangs on the small one's rate."""
     track = race.track
-    first = {
-        name: grid_around(track, CONTESTANTS[name]) for name in dict.fromkeys(("small", *names)) if name != "large"
-    }
+    needed = dict.fromkeys([*(["small"] if "large" in names else []), *names])
+    first = {name: grid_around(track, CONTESTANTS[name]) for name in needed if name != "large"}
     found = race.tune(first)
     if "large" in names:
         small = best_rate(found["small"])
@@ -454,6 +466,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if track.needs_cuda and not torch.cuda.is_available():
             print(f"{name} needs a GPU, and there is none here: skipped.")
             continue
+        race_tracks.DATA_DIR = options.data_dir
+        track.data()  # fetched once, before several processes want it
         preset = QUICK if options.quick else {}
         race = Race(
             track,
@@ -463,7 +477,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             overrides={key: getattr(options, key) for key in OVERRIDES if getattr(options, key) is not None},
             data_dir=options.data_dir,
         )
-        mode(race, options, sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            mode(race, options, sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            race.runs.close()
         failures += len(race.runs.failed)
     if failures:
         raise SystemExit(f"{failures} runs failed: their tracebacks are above and in the results.")

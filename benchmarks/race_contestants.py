@@ -93,7 +93,7 @@ def doubling_arguments(track: Track) -> Mapping[str, Any]:
     each example follows the same schedule. So it does here, with the cosine of all contestants and linear scaling.
     """
     steps_at_the_end = len(track.data().train[0]) // track.large
-    return {"cooldown": 0, "scale_lr": "linear", "every_n_steps": max(1, steps_at_the_end)}
+    return {"cooldown": 0, "growth_factor": 2, "scale_lr": "linear", "every_n_steps": max(1, steps_at_the_end)}
 
 
 def diversity_bound(delta: float) -> Contestant:

@@ -5,6 +5,7 @@ python benchmarks/race_report.py [--results benchmarks/results] [--page docs/rac
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def losses(track: Mapping[str, Any]) -> list[str]:
                 f"- {track['title']}: {label(track, name)} reaches {target} on {missed} of {len(ours)} seeds "
                 "on which ours does not."
             )
-        points = paired(ours, theirs, lambda a, b: 100 * (a["accuracy"] - b["accuracy"]))
+        points = paired(ours, theirs, more_accurate)
         if points and max(points) < 0:
             lines.append(
                 f"- {track['title']}: **{label(track, name)}** ends more accurate on every seed: ours by "
@@ -97,6 +98,38 @@ def label(track: Mapping[str, Any], name: str) -> str:
     if name in sizes:
         return f"{name}, fixed {track['settings'][sizes[name]]}"
     return name if contestant == name else f"{name}: {contestant.removeprefix(name).strip(', ') or contestant}"
+
+
+def overview(tracks: Sequence[Mapping[str, Any]]) -> str:
+    """Write a line for each track: the middle seconds to the target of those that count, and what ours costs."""
+    head = (
+        "median seconds to target",
+        *DRAWN[:-1],
+        f"**{DEFAULT}**",
+        "steps in all, small over ours",
+        "points of accuracy",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for track in tracks:
+        contestants = by_contestant(track["runs"])
+        ours, small = contestants.get(DEFAULT, {}), contestants.get("small", {})
+        cells = [f"{track['title']}, {100 * track['settings']['target']:g} %"]
+        cells += [median_of(list(contestants.get(name, {}).values())) for name in DRAWN]
+        cells.append(range_of(paired(small, ours, ratio("steps")), ".1f"))
+        cells.append(range_of(paired(ours, small, more_accurate), "+.2f"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def median_of(runs: Sequence[Run]) -> str:
+    """Write the middle of the seconds to the target, where at least half of the runs reach it."""
+    seconds = [math.inf if run["seconds_to_target"] is None else run["seconds_to_target"] for run in runs]
+    middle = statistics.median(seconds) if seconds else math.inf
+    return f"{middle:.1f}" if math.isfinite(middle) else "-"
+
+
+def more_accurate(ours: Run, theirs: Run) -> float:
+    return 100 * (ours["accuracy"] - theirs["accuracy"])
 
 
 def table(track: Mapping[str, Any]) -> str:
@@ -157,7 +190,7 @@ def claims(track: Mapping[str, Any]) -> str:
     lines = []
     if "small" in contestants:
         small = contestants["small"]
-        points = paired(ours, small, lambda a, b: 100 * (a["accuracy"] - b["accuracy"]))
+        points = paired(ours, small, more_accurate)
         lines += [
             f"| seconds to target, small over ours | {range_of(paired(small, ours, ratio('seconds_to_target')))} |",
             f"| seconds in all, small over ours | {range_of(paired(small, ours, ratio('seconds')))} |",
@@ -283,17 +316,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "race.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="filled where it has the markers")
     options = parser.parse_args(arguments)
-    tracks = json.loads((options.results / "race.json").read_text())["tracks"]
+    path = options.results / "race.json"
+    if not path.exists():
+        raise SystemExit(f"There is no {path}: run benchmarks/race.py first.")
+    tracks = json.loads(path.read_text())["tracks"]
     raced = {name: track for name, track in tracks.items() if track.get("runs")}
     lost = [line for track in raced.values() for line in losses(track)]
     page = options.page.read_text()
     page = fill(page, "losses", "\n".join(lost) or "Nowhere, in what was raced: which says more of what was raced.")
+    page = fill(page, "overview", overview(list(raced.values())))
     page = fill(page, "tracks", "\n\n".join(section(track) for track in raced.values()))
     sweep = options.results / "race_defaults.json"
     if sweep.exists():
         page = fill(page, "defaults", "\n\n".join(map(sweep_table, json.loads(sweep.read_text())["tracks"].values())))
     options.page.write_text(page)
+    if options.readme.exists() and "<!-- overview: begin -->" in (readme := options.readme.read_text()):
+        options.readme.write_text(fill(readme, "overview", overview(list(raced.values()))))
     if raced:
         figure(raced.get("fashion-mlp", next(iter(raced.values()))), options.results / "race.png")
 

@@ -197,9 +197,11 @@ class Evaluations(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Training) -> None:
         if self.curve["examples"][-1] < self.examples:
             self.evaluate(trainer, pl_module)
+        finish(pl_module.device)
         self.clock.pause()
 
     def evaluate(self, trainer: L.Trainer, module: Training) -> None:
+        finish(module.device)
         self.clock.pause()
         found = held_out_accuracy(module.net, self.data.held_out)
         row = (self.clock.seconds, trainer.global_step, self.examples, found, self._batch_size)
@@ -208,6 +210,12 @@ class Evaluations(L.Callback):
         if self.plan.ends_at_target and found >= self.plan.target:
             trainer.should_stop = True
         self.clock.resume()
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device has still to do: that is training, too."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
