@@ -16,7 +16,7 @@ CORE := tests/batching tests/callbacks \
 	tests/test_ddp.py tests/test_in_band_ddp.py tests/test_integrations.py tests/test_metric.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-conformance test-lightning coverage lint format bench bench-overhead bench-growth paper clean distclean
+.PHONY: help demo test test-slow test-conformance test-lightning coverage lint format bench bench-overhead bench-growth bench-race paper clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,10 @@ bench-overhead: $(RIVALS) ## measure what measuring costs, beside other librarie
 
 bench-growth: $(STAMP) ## measure what a growth costs
 	$(RUN) benchmarks/growth.py $(ARGS)
+
+bench-race: $(STAMP) ## race other ways to choose a batch to a fixed accuracy: an hour or two; ARGS=--quick three minutes
+	$(RUN) benchmarks/race.py $(ARGS)
+	$(RUN) benchmarks/race_report.py
 
 paper: $(STAMP) ## run the paper's experiments in their quick form: tables and pictures in outputs/paper
 	$(RUN) experiments/paper/lower_bound.py --quick $(ARGS)
