@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -440,6 +440,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="instead of the track's")
     parser.add_argument("--target", type=float, help="accuracy to reach, instead of the track's")
     parser.add_argument("--tune-only", action="store_true", help="find the rates and stop")
+    parser.add_argument("--racing", nargs=2, type=int, metavar=("JOBS", "THREADS"), help="0 threads: all cores")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="a small race, at rates that were found before")
     mode.add_argument("--sweep", action="store_true", help="vary the callback's arguments one at a time")
@@ -468,6 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         race_tracks.DATA_DIR = options.data_dir
         track.data()  # fetched once, before several processes want it
+        if options.racing:
+            track = replace(track, racing=Phase(*options.racing))
         preset = QUICK if options.quick else {}
         race = Race(
             track,

@@ -12,7 +12,7 @@ from race_tracks import Track
 from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor
 from lightning_graddiv.policies import DiversityBound, Doubling, Goodput, NoiseScale, NormTest, Policy
 
-DEFAULT = "DiversityBound 0.5"
+DEFAULT = "DiversityBound 1"
 """The contestant that is the callback as it comes."""
 
 

@@ -47,11 +47,11 @@ def ratio(field: str) -> Callable[[Run, Run], float | None]:
 
 
 def range_of(values: Sequence[float], digits: str = ".2f", *, of: int | None = None) -> str:
-    """Write the median and the range; how many there are, where that is fewer than there should be."""
+    """Write the median and the range; of how many, where those are fewer than there should be."""
     if not values:
-        return "never"
+        return "-" if of is None else "never"
     text = f"{statistics.median(values):{digits}}"
-    if len(values) > 1:
+    if min(values) < max(values):
         text += f" ({min(values):{digits}} to {max(values):{digits}})"
     return text if of is None or len(values) == of else f"{text}, {len(values)} of {of}"
 
@@ -237,6 +237,11 @@ def section(track: Mapping[str, Any]) -> str:
         f"cores{', ' + machine['gpu'] if machine['gpu'] else ''}; runs: {phases}. torch {versions['torch']}, lightning "
         f"{versions['lightning']}."
     )
+    crowded = sum(run["load"] > machine["cores"] + 1 for run in track["runs"])
+    if crowded:
+        facts += (
+            f" **During {crowded} of {len(track['runs'])} runs the machine had other work**, too: seconds are rough."
+        )
     changed = settings["overrides"]
     if changed:
         facts += (

@@ -81,7 +81,7 @@ class Training(L.LightningModule):
         self.batch_size = batch_size
         self.rate = rate
         self.warm_up = warm_up
-        self.order = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self.progress: Callable[[int], float]
 
     def train_dataloader(self) -> DataLoader:
@@ -89,7 +89,7 @@ class Training(L.LightningModule):
             self.examples,
             self.batch_size,
             shuffle=True,
-            generator=self.order,
+            generator=torch.Generator().manual_seed(self.seed + self.current_epoch),
             collate_fn=take_batch,
         )
 
@@ -296,8 +296,12 @@ def train(plan: Plan) -> dict[str, Any]:
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        cpu_seconds = time.process_time()
         trainer.fit(module)
-    return {**outcome(plan, evaluations, callback), "warnings": own_warnings(caught)}
+        cpu_seconds = time.process_time() - cpu_seconds
+    # Other work on the machine shows in these two: seconds of a run that it slowed down say little.
+    machine = {"cpu_seconds": cpu_seconds, "load": os.getloadavg()[0]}
+    return {**outcome(plan, evaluations, callback), **machine, "warnings": own_warnings(caught)}
 
 
 def outcome(plan: Plan, evaluations: Evaluations, callback: L.Callback | None) -> dict[str, Any]:

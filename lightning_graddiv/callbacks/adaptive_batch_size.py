@@ -35,7 +35,8 @@ from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, DiversityEstima
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
 
-EVERY_N_STEPS, EVERY_N_STEPS_WHILE_WAITING = 80, 20
+_CADENCE = (20, 40, 80)
+"""Optimizer steps from one measurement to the next: so that a window spans at most half of the training so far."""
 
 
 class AdaptiveBatchSize(GradientDiversityMonitor):
@@ -110,7 +111,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         log_prefix: str = "graddiv",
         *,
         max_batch_size: int,
-        delta: float = 0.5,
+        delta: float = 1.0,
         policy: Policy | None = None,
         growth_factor: int = 2,
         max_micro_batch_size: int | None = None,
@@ -123,8 +124,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._scale = LearningRateScale(scale_lr, warm_in)
         self._resizer: ResumableResizer | None = None
         self.max_micro_batch_size = max_micro_batch_size
-        self._waits_actively = every_n_steps is None
-        every_n_steps = EVERY_N_STEPS if every_n_steps is None else every_n_steps
+        self._is_cadence_own = every_n_steps is None
+        every_n_steps = _CADENCE[-1] if every_n_steps is None else every_n_steps
         super().__init__(every_n_steps, engine, max_examples, window, confidence, log_prefix)
         require(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
         is_factor = isinstance(growth_factor, int) and growth_factor >= 2
@@ -418,11 +419,12 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     @override
     def _interval(self) -> int:
-        """What a growth waits for comes soon: it holds up training for longer than measuring takes."""
-        may_grow = self.batch_size * self.growth_factor <= self.max_batch_size
+        """A growth that waits for measurements gets them soon, and B_S moves fastest at the start of a training."""
+        if not self._is_cadence_own or self.batch_size * self.growth_factor > self.max_batch_size:
+            return self.every_n_steps
         is_enough = len(self._window) >= MIN_PROBES_FOR_INTERVAL and self._has_measured_enough()
-        waits = self._waits_actively and may_grow and not is_enough
-        return EVERY_N_STEPS_WHILE_WAITING if waits else self.every_n_steps
+        fitting = [every for every in _CADENCE if 2 * self._window.size * every <= self.optimizer_steps]
+        return max(fitting, default=_CADENCE[0]) if is_enough else _CADENCE[0]
 
     def _take_effect(self, trainer: Trainer, pending: Growth) -> None:
         """The first micro-batch of the new size is about to be trained on."""
