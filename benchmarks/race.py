@@ -469,8 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         race_tracks.DATA_DIR = options.data_dir
         track.data()  # fetched once, before several processes want it
-        if options.racing:
-            track = replace(track, racing=Phase(*options.racing))
+        if options.racing or options.quick:
+            track = replace(track, racing=Phase(*(options.racing or (1, 1))))
         preset = QUICK if options.quick else {}
         race = Race(
             track,

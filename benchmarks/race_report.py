@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from race_contestants import DEFAULT
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = "DiversityBound 0.5"
 DRAWN = ("small", "best fixed", "Doubling", "DiveBatch", DEFAULT)
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00")

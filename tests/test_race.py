@@ -178,11 +178,12 @@ def digits_track(benchmarks, monkeypatch):
 def test_a_race_runs_from_tuning_to_tables_and_goes_on_where_it_was(digits_track, tmp_path, capsys, monkeypatch):
     import race
     import race_report
+    from race_contestants import DEFAULT
 
     monkeypatch.setattr(race, "EXTENSIONS", 0)
     command = ["--track", "digits", "--seeds", "1", "--out", str(tmp_path), "--results", str(tmp_path)]
     command += ["--every-n-steps", "4", "--cooldown", "4", "--contestants", "small", "best fixed", "Doubling"]
-    command += ["DiveBatch 0.1", "DiversityBound 0.5"]
+    command += ["DiveBatch 0.1", DEFAULT]
     race.main(command)
     found = json.loads((tmp_path / "race.json").read_text())["tracks"]["digits"]
     runs = {(run["contestant"], run["seed"]): run for run in found["runs"]}
@@ -191,8 +192,8 @@ def test_a_race_runs_from_tuning_to_tables_and_goes_on_where_it_was(digits_track
     assert all(run["curve"]["examples"][-1] == 3 * 1200 for run in runs.values())
     assert runs["small", 0]["steps"] == 3 * 75
     assert runs["Doubling", 0]["growths"]
-    assert runs["DiversityBound 0.5", 0]["steps"] < 3 * 75
-    assert runs["DiversityBound 0.5", 0]["curve"]["accuracy"][0] == runs["small", 0]["curve"]["accuracy"][0]
+    assert runs[DEFAULT, 0]["steps"] < 3 * 75
+    assert runs[DEFAULT, 0]["curve"]["accuracy"][0] == runs["small", 0]["curve"]["accuracy"][0]
     assert runs["DiveBatch", 0]["is"] == "DiveBatch 0.1"
 
     finished = (tmp_path / "runs.jsonl").read_text()
@@ -203,7 +204,7 @@ def test_a_race_runs_from_tuning_to_tables_and_goes_on_where_it_was(digits_track
     page = tmp_path / "race.md"
     page.write_text((ROOT / "docs" / "race.md").read_text())
     race_report.main(["--results", str(tmp_path), "--page", str(page), "--readme", str(page)])
-    assert "| **DiversityBound 0.5** |" in page.read_text()
+    assert f"| **{DEFAULT}** |" in page.read_text()
     assert (tmp_path / "race.png").stat().st_size > 10_000
 
 

@@ -159,34 +159,35 @@ class TestGrowth:
     @pytest.mark.parametrize(
         ("arguments", "steps"),
         [
-            ({}, [20, 40, 60, 80, 160, 240, 320]),
-            ({"cooldown": 0}, [20, 40, 60, 80, 160, 240, 320]),
-            ({"cooldown": 6}, [20, 40, 60, 80, 100, 120, 160, 240, 320]),
-            ({"max_batch_size": 7}, [80, 160, 240, 320]),
-            ({"every_n_steps": 80}, [80, 160, 240, 320]),
+            ({}, [*range(20, 320, 20), *range(320, 640, 40), *range(640, 801, 80)]),
+            ({"window": 5}, [*range(20, 400, 20), *range(400, 801, 40)]),
+            ({"window": 4, "max_batch_size": 7}, [*range(80, 801, 80)]),
+            ({"every_n_steps": 80}, [*range(80, 801, 80)]),
         ],
         ids=str,
     )
-    def test_measures_more_often_while_a_growth_waits_for_it(self, arguments, steps):
+    def test_a_window_spans_no_more_than_half_of_the_training_so_far(self, arguments, steps):
         measured = []
 
         class Tells(AdaptiveBatchSize):
             def on_estimate(self, trainer, pl_module, estimate):
                 measured.append(self.optimizer_steps)
 
-        fit(Tells(**{"max_batch_size": 16, "cooldown": 4, "policy": lambda *_: 0.0, **arguments}), epochs=21)
+        defaults = {"max_batch_size": 16, "window": 4, "cooldown": 4, "policy": lambda *_: 0.0}
+        fit(Tells(**{**defaults, **arguments}), epochs=50)
         assert measured == steps
 
-    def test_the_first_measurements_after_a_growth_follow_one_another_soon(self):
+    def test_what_the_next_growth_waits_for_is_measured_soon(self):
         measured = []
 
         class Tells(AdaptiveBatchSize):
             def on_estimate(self, trainer, pl_module, estimate):
                 measured.append((self.optimizer_steps, self.batch_size))
 
-        fit(Tells(max_batch_size=16, cooldown=4, policy=lambda _, run: 8 if run.step >= 160 else 0), epochs=30)
-        assert measured[:5] == [(20, 4), (40, 4), (60, 4), (80, 4), (160, 4)]
-        assert measured[5:] == [(180, 8), (200, 8), (220, 8), (240, 8), (320, 8)]
+        policy = lambda _, run: 8 if run.step >= 640 else 0  # noqa: E731
+        fit(Tells(max_batch_size=16, window=4, cooldown=4, policy=policy), epochs=60)
+        first = measured.index((660, 8))
+        assert measured[first - 2 :] == [(600, 4), (640, 4), (660, 8), (680, 8), (700, 8), (720, 8), (800, 8)]
 
     def test_cools_down_between_growths(self):
         module, _ = fit(adaptive(cooldown=9))
