@@ -56,8 +56,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     examples then; as a fraction it stays that part of the data.
 
     Args:
-        every_n_steps: optimizer steps from one measurement to the next. None: 20 while a growth waits for measurements
-            (see ``cooldown``), 80 else.
+        every_n_steps: optimizer steps from one measurement to the next. None: 20 at first and after each growth, until
+            there are ``cooldown`` of them; then 20, 40 or 80, so that a window spans at most half of the training so
+            far; 80 where the batch cannot grow any more.
         engine: see :class:`GradientDiversityMonitor`, as for the next four.
         max_examples: see there.
         window: see there; it also restarts at growth.
