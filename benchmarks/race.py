@@ -212,10 +212,7 @@ class Race:
 
     def compare_again(self, tuned: Mapping[str, Mapping[float, Result]]) -> dict[str, dict[float, Result]]:
         """Run each contestant's best rates with more seeds; return the means over all of its tuning seeds."""
-        rates = {
-            name: sorted(found, key=lambda rate: score(found[rate]))[:FINALISTS]  # noqa: B023 - used at once
-            for name, found in tuned.items()
-        }
+        rates = {name: sorted(found, key=lambda rate: score(found[rate]))[:FINALISTS] for name, found in tuned.items()}
         plans = {
             (name, rate): [self.tuning_plan(name, rate, seed) for seed in FINAL_SEEDS]
             for name, best in rates.items()

@@ -208,20 +208,24 @@ def claims(track: Mapping[str, Any]) -> str:
 def grids(track: Mapping[str, Any]) -> str:
     """Write each contestant's grid: seconds to the target at each rate, or the accuracy where it is not reached."""
     lines = [
-        "| contestant | rate: seconds to target on the tuning seed, or final accuracy where it is never reached |",
-        "|---|---|",
+        "| contestant | rate: seconds to target on one seed, or accuracy where it is not reached | the best two, mean of "
+        "three seeds |",
+        "|---|---|---|",
     ]
     racing = dict(track["entrants"].values())
     for name, grid in track["tuning"].items():
-        cells = []
-        for entry in grid:
-            seconds = entry["seconds_to_target"]
-            text = f"{entry['rate']:.3g}: " + (
-                f"{100 * entry['accuracy']:.1f} %" if seconds is None else f"{seconds:.1f}"
-            )
-            cells.append(f"**{text}**" if racing.get(name) == entry["rate"] else text)
-        lines.append(f"| {name} | " + "; ".join(cells) + " |")
+        cells = [found_at(entry) for entry in grid]
+        finals = [
+            f"**{found_at(entry)}**" if racing.get(name) == entry["rate"] else found_at(entry)
+            for entry in track["finals"][name]
+        ]
+        lines.append(f"| {name} | {'; '.join(cells)} | {'; '.join(finals)} |")
     return "\n".join(lines)
+
+
+def found_at(entry: Mapping[str, Any]) -> str:
+    seconds = entry["seconds_to_target"]
+    return f"{entry['rate']:.3g}: " + (f"{100 * entry['accuracy']:.1f} %" if seconds is None else f"{seconds:.1f}")
 
 
 def section(track: Mapping[str, Any]) -> str:
