@@ -208,7 +208,7 @@ def claims(track: Mapping[str, Any]) -> str:
 def grids(track: Mapping[str, Any]) -> str:
     """Write each contestant's grid: seconds to the target at each rate, or the accuracy where it is not reached."""
     lines = [
-        "| contestant | rate: seconds to target on one seed, or accuracy where it is not reached | the best two, on three |",
+        "| contestant | rate: seconds to target on one seed, or accuracy if not reached | the best two, on three |",
         "|---|---|---|",
     ]
     racing = dict(track["entrants"].values())
