@@ -298,11 +298,18 @@ def figure(track: Mapping[str, Any], path: Path) -> None:
             left.plot(curve["seconds"], [100 * value for value in curve["accuracy"]], **style)
             right.step([n / track["settings"]["examples"] for n in curve["examples"]], curve["batch_size"], **style)
     target = 100 * track["settings"]["target"]
+    shown = [
+        seconds
+        for run in track["runs"]
+        for seconds, found in zip(run["curve"]["seconds"], run["curve"]["accuracy"], strict=True)
+        if 100 * found > target - 8
+    ]
     left.axhline(target, color="0.4", linewidth=0.8, linestyle="--")
     best = max(100 * run["accuracy"] for run in track["runs"])
     left.set(
         xlabel="seconds, all but evaluating", ylabel="test accuracy, %", ylim=(target - 8, best + 0.5), xscale="log"
     )
+    left.set_xlim(left=0.8 * min(shown))
     right.set(xlabel="epochs", ylabel="effective batch size")
     right.set_yscale("log", base=2)
     for ax in (left, right):
