@@ -107,7 +107,7 @@ def overview(tracks: Sequence[Mapping[str, Any]]) -> str:
         *DRAWN[:-1],
         f"**{DEFAULT}**",
         "steps in all, small over ours",
-        "points of accuracy",
+        "final accuracy, ours less small, points",
     )
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for track in tracks:
