@@ -28,7 +28,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from models import ON_ACCELERATORS, TASKS, Task, gpt_of_length, mlp_of_batch, mlp_of_width
+from networks import ON_ACCELERATORS, TASKS, Task, gpt_of_length, mlp_of_batch, mlp_of_width
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import get_total_norm
@@ -76,7 +76,7 @@ class End(L.Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         seconds = now() - self.start.time
-        checks = self.measured in (0, 16) or self.measured % 256 == 0
+        checks = self.measured in (0, 1, 16) or self.measured % 256 == 0
         is_measured, self.measured = self.monitor.measurements > self.measured, self.monitor.measurements
         kind = ("checked" if checks else "measured") if is_measured else "plain"
         self.steps.append((kind, seconds))

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "experiments" / "paper"))
 
 from images import FASHION_MNIST, debian_fashion_mnist, find_images, from_folder, held_out_set, idx_images, training_set
-from models import GPT, resnet18, sequences
+from networks import GPT, resnet18, sequences
 
 DATA_DIR: Path | None = None
 """A folder of the usual files of the images, instead of fetching them."""

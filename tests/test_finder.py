@@ -328,7 +328,7 @@ class TestTheRecommendation:
     def test_a_run_recommends_what_its_numbers_say(self):
         """Orthogonal gradients: B_S is 64 and known exactly."""
         module = AuditModule(64, learning_rate=0.1)
-        found = find_batch_size(quiet_trainer(max_epochs=1), module, loader(64, 4), repeats=1)
+        found = find_batch_size(quiet_trainer(max_epochs=1), module, loader(64, 4), repeats=1, delta=0.5)
         assert (found.estimate.bound, found.estimate.lower) == (pytest.approx(64), pytest.approx(64))
         assert found.allowed == pytest.approx(33)
         assert found.recommended.batch_size == 32
@@ -341,7 +341,7 @@ class TestTheRecommendation:
 
     def test_and_gradients_that_are_alike_the_smallest(self):
         alike = DataLoader(TensorDataset(torch.ones(64, 64)), 4)
-        found = find_batch_size(quiet_trainer(max_epochs=1), AuditModule(64), alike, repeats=1)
+        found = find_batch_size(quiet_trainer(max_epochs=1), AuditModule(64), alike, repeats=1, delta=0.5)
         assert (found.allowed, found.recommended.batch_size) == (pytest.approx(1.5), 1)
 
     def test_a_present_batch_within_the_interval_stays(self):
@@ -358,7 +358,8 @@ class TestTheRecommendation:
 
     def test_accumulation_is_part_of_the_present_batch(self):
         trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=2)
-        found = find_batch_size(trainer, AuditModule(64), loader(64, 4), repeats=1, max_micro_batch_size=8)
+        run = {"repeats": 1, "max_micro_batch_size": 8, "delta": 0.5}
+        found = find_batch_size(trainer, AuditModule(64), loader(64, 4), **run)
         assert found.present == BatchPlan(4, 2)
         assert list(found.seconds) == [4, 8]
         assert found.recommended.batch_size == 32
@@ -422,7 +423,7 @@ class TestTheThroughput:
                 tried.append(len(batch[0]))
                 return super().training_step(batch, batch_idx)
 
-        found = find_batch_size(quiet_trainer(max_epochs=1), Full(room=16), loader(64, 4), repeats=1)
+        found = find_batch_size(quiet_trainer(max_epochs=1), Full(room=16), loader(64, 4), repeats=1, delta=0.5)
         assert list(found.seconds) == [4, 8, 16]
         assert (found.out_of_memory_at, max(tried)) == (32, 32)
         assert found.recommended.batch_size == 32

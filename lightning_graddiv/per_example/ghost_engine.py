@@ -15,11 +15,11 @@ from lightning_graddiv.per_example.select import PerExampleEngine, with_frozen_c
 
 
 def is_proof_due(measured: int) -> bool:
-    """Tell whether to prove again after so many measurements: 0, 16 and every 256.
+    """Tell whether to prove again after so many measurements: 0, 1, 16 and every 256.
 
     Rarer than the checks of engines that run the step again: here a changed step is noticed when it happens.
     """
-    return measured in (0, 16) or measured % 256 == 0
+    return measured in (0, 1, 16) or measured % 256 == 0
 
 
 class GhostEngine:

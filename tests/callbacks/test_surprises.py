@@ -217,4 +217,4 @@ def test_a_plain_training_is_not_checked_more_often_than_planned():
     monitor._forget = lambda: None  # or the monitor begins with another engine
     trained(module, signals(160), monitor=monitor)
     assert len(monitor.probes) == 20
-    assert len(checks) == 2  # before the first, and after 16
+    assert len(checks) == 3  # before the first, and after 1 and 16
