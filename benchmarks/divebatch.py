@@ -3,7 +3,8 @@
 At the end of epoch k the batch becomes ``m_(k+1) = min(m_max, delta * n * Delta)``, where ``Delta`` is gradient
 diversity accumulated over the epoch, while the weights move: the sum of all examples' squared gradient norms over the
 squared norm of the sum of all gradients. The learning rate follows in proportion, or, with ``rescale=False``, stays. As
-in the authors' code the batch never shrinks, and nothing is measured any more once it is at ``m_max``.
+in code that appears to be the authors', the batch never shrinks, and nothing is measured once it is at ``m_max``. The
+paper's full text was not at hand: that the rate follows in proportion is our reading.
 """
 
 import math

@@ -13,7 +13,6 @@ Every finished run is kept in OUT/runs.jsonl, so that an interrupted race goes o
 
 import argparse
 import json
-import math
 import os
 import platform
 import random
@@ -32,6 +31,7 @@ import torch
 from race_contestants import CONTESTANTS, DEFAULT, Contestant
 from race_run import Plan, begin, quiet, run
 from race_tracks import TRACKS, Phase, Track
+from results import rounded
 
 import lightning_graddiv
 
@@ -344,27 +344,12 @@ def environment() -> dict[str, Any]:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    models = (
-        [row.split(":")[1].strip() for row in info.read_text().splitlines() if row.startswith("model name")]
-        if (info.exists())
-        else []
-    )
-    return models[0] if models else platform.machine()
+    rows = info.read_text().splitlines() if info.exists() else []
+    return next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), platform.machine())
 
 
 def as_text(key: Any) -> str:
     return json.dumps(key, sort_keys=True, default=str)
-
-
-def rounded(content: Any) -> Any:
-    """Five digits of each number, and text for what JSON has no number for."""
-    if isinstance(content, Mapping):
-        return {str(name): rounded(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [rounded(value) for value in content]
-    if isinstance(content, float):
-        return float(f"{content:.5g}") if math.isfinite(content) else str(content)
-    return content
 
 
 def save(path: Path, name: str, entry: Mapping[str, Any]) -> None:

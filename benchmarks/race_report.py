@@ -13,11 +13,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from race_contestants import DEFAULT
+from results import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWN = ("small", "best fixed", "Doubling", "DiveBatch", DEFAULT)
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
-COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00")
 
 Run = Mapping[str, Any]
 BySeed = dict[int, Run]
@@ -291,7 +290,7 @@ def figure(track: Mapping[str, Any], path: Path) -> None:
     drawing = Figure(figsize=(10, 4), layout="constrained")
     left, right = drawing.subplots(1, 2)
     contestants = by_contestant(track["runs"])
-    for name, colour in zip(DRAWN, COLOURS, strict=True):
+    for name, colour in zip(DRAWN, COLOURS, strict=False):
         for i, run in enumerate(contestants.get(name, {}).values()):
             curve = run["curve"]
             style = {"color": colour, "linewidth": 1.2, "alpha": 0.7, "label": None if i else label(track, name)}

@@ -144,6 +144,18 @@ def test_a_grid_grows_beyond_the_edge_that_the_best_rate_lies_on(benchmarks):
     assert extended([1, 2, 4], 1) == [0.5, 1, 2, 4]
 
 
+def test_a_rate_that_misses_the_target_with_one_seed_loses_to_one_that_does_not(benchmarks):
+    from race import best_rate, mean
+
+    def run(seconds, accuracy):
+        return {"seconds_to_target": seconds, "accuracy": accuracy, "seconds": 9.0, "batch_size": 32}
+
+    steady, lucky = mean([run(7.0, 0.8), run(5.0, 0.9)]), mean([run(1.0, 0.9), run(None, 0.9)])
+    assert (steady["seconds_to_target"], steady["accuracy"]) == (6.0, pytest.approx(0.85))
+    assert lucky["seconds_to_target"] is None
+    assert best_rate({0.1: lucky, 0.2: steady}) == 0.2
+
+
 @pytest.fixture
 def digits_track(benchmarks, monkeypatch):
     import race_tracks

@@ -235,7 +235,10 @@ class StepMeasurer:
         if self._error is not None:
             return
         if self._step is None and not self._earlier:
-            self._parameters = _trained(module, trainer.optimizers[0])
+            optimizer = trainer.optimizers[0]
+            if any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+                reshard(module)
+            self._parameters = _trained(module, optimizer)
             if not self._parameters:
                 self._end(Outcome(None, refusal=_no_parameters(module), is_lasting=True), may_fall_back=False)
                 return
@@ -375,8 +378,5 @@ def _no_parameters(module: nn.Module) -> MeasurementError:
 
 
 def _trained(module: nn.Module, optimizer: Any) -> list[nn.Parameter]:
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(map(is_sharded, held)):
-        reshard(module)
-    ids = set(map(id, held))
-    return [p for p in module.parameters() if p.requires_grad and id(p) in ids]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in module.parameters() if p.requires_grad and id(p) in held]

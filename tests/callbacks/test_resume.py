@@ -510,6 +510,21 @@ def test_a_measurement_that_could_not_be_made_is_still_due(tmp_path):
     assert callback.measurements == 1
 
 
+def test_measurements_that_a_growth_waits_for_come_as_soon(tmp_path):
+    """They come every 20 steps, and how many there were since the last growth is in the checkpoint."""
+
+    def callback():
+        return growing(every_n_steps=None, cooldown=2, window=4)
+
+    saves, reference = Saves(tmp_path, ("on_train_epoch_end",)), callback()
+    module, _ = run(reference, train_loader(), saves, max_epochs=12)
+    assert len(reference.history) >= 2
+    for file in saves.files[1:7]:  # measurements come after these
+        resumed = callback()
+        again, _ = run(resumed, train_loader(), ckpt_path=file, seed=99, max_epochs=12)
+        assert differences((module, reference), (again, resumed)) == [], file.name
+
+
 def test_a_monitor_goes_on_with_its_window(tmp_path):
     def monitor():
         return GradientDiversityMonitor(every_n_steps=2, window=8)
