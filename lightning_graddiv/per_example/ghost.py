@@ -24,6 +24,7 @@ from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
+from lightning_graddiv.per_example.modes import modes_off
 from lightning_graddiv.per_example.records import Recorded, Use
 
 Layouts = Mapping[tuple[int, int], Layout]
@@ -172,7 +173,7 @@ class GhostRecorder:
         """
         if self._error is not None:
             raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
-        with torch.no_grad():
+        with torch.no_grad(), modes_off():
             self._measure_waiting()
             recorded = self._ledger.balance()
         self._clear()
@@ -188,10 +189,7 @@ class GhostRecorder:
             return
         start = time.perf_counter()
         try:
-            if torch.is_grad_enabled():  # in a forward pass, and where gradients are differentiated again
-                with torch.no_grad():
-                    record()
-            else:
+            with torch.no_grad(), modes_off():
                 record()
         except Exception as error:
             self._error = error

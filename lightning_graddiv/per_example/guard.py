@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_graddiv.errors import CouplingError, MeasurementError
+from lightning_graddiv.per_example.modes import OperatorMode
 
 
 class FrozenParameterWritten(MeasurementError):  # noqa: N818 - like StopIteration, it tells what happened
@@ -47,21 +48,48 @@ def writes_refused(module: nn.Module) -> Iterator[None]:
     Raises:
         MeasurementError: it would, or it replaced a parameter's data or gradient, which is put back.
     """
-    with parameters_guarded(module), _Guard(module):
+    with parameters_guarded(module), _Refusing(WriteGuard(module)):
         yield
 
 
-class _Guard(TorchDispatchMode):
-    """Sees every operator below autograd and vmap, also those that act on ``parameter.data``."""
+class WriteGuard:
+    """Refuses operators that write to a module's parameters, by way of ``parameter.data`` too, and collectives.
+
+    Args:
+        module: whose parameters.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._kept: dict[int | None, tuple[str, nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             self._kept[_storage(parameter)] = (name, parameter)
             if parameter.grad is not None:
                 self._kept[_storage(parameter.grad)] = (f"{name}.grad", parameter)
         self._kept.pop(None, None)
+
+    def check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at an operator that is about to run.
+
+        Raises:
+            MeasurementError: it must not.
+        """
+        is_collective, writes = _kind_of(func)
+        if is_collective:
+            raise CouplingError(
+                f"The training step calls a collective ({func}), so its loss couples the ranks: it cannot be split "
+                "into examples.",
+                lasting=True,
+            )
+        if writes:
+            for tensor in _written_tensors(func, args, kwargs):
+                if _storage(tensor) in self._kept:
+                    raise _written(*self._kept[_storage(tensor)])
+
+
+class _Refusing(OperatorMode):
+    def __init__(self, guard: WriteGuard) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._guard = guard
 
     def __torch_dispatch__(
         self,
@@ -70,18 +98,15 @@ class _Guard(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func.namespace in {"c10d", "_c10d_functional"}:
-            raise CouplingError(
-                f"The training step calls a collective ({func}), so its loss couples the ranks: it cannot be split "
-                "into examples.",
-                lasting=True,
-            )
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for tensor in _written_tensors(func, args, kwargs):
-                if _storage(tensor) in self._kept:
-                    raise _written(*self._kept[_storage(tensor)])
+        self._guard.check(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+@cache
+def _kind_of(func: Any) -> tuple[bool, bool]:
+    """Tell whether an operator is a collective, and whether it writes to its arguments."""
+    return func.namespace in {"c10d", "_c10d_functional"}, func._schema.is_mutable
 
 
 def _written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

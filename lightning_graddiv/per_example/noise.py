@@ -7,12 +7,15 @@ parts, and noise of different shapes would hide it.
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_graddiv.per_example.guard import WriteGuard
+from lightning_graddiv.per_example.modes import OperatorMode
 
 # Seeds from which the first numbers of both random.random() and numpy.random.rand() are below 0.15, above 0.85.
 _LOW_SEED, _HIGH_SEED = 3820, 38554
@@ -42,7 +45,7 @@ _active: list[Noise] = []
 
 
 @contextmanager
-def noise_off(*, high: bool = False) -> Iterator[Noise]:
+def noise_off(*, high: bool = False, guard: WriteGuard | None = None) -> Iterator[Noise]:
     """Make random operations return the same constants whatever the batch.
 
     Noise from Python's and NumPy's generators is not constant, but starts from the same seed in each step.
@@ -50,11 +53,12 @@ def noise_off(*, high: bool = False) -> Iterator[Noise]:
     Args:
         high: whether uniform noise is near one rather than near zero, so that what is done with some probability is
             done, and left out, at least once.
+        guard: looks at every operator first: two modes would take twice the time.
     """
     noise = Noise(_HIGH_SEED if high else _LOW_SEED)
     _active.append(noise)
     try:
-        with _NoiseOff(noise, high=high):
+        with _NoiseOff(noise, guard, high=high):
             yield noise
         noise.look()
     finally:
@@ -72,12 +76,13 @@ def _state_outside_torch() -> tuple[Any, ...]:
     return random.getstate(), *(part if np.isscalar(part) else part.tobytes() for part in numpy_state)
 
 
-class _NoiseOff(TorchDispatchMode):
-    """Sees every operator below autograd and vmap, so that noise inside fused layers is found too."""
+class _NoiseOff(OperatorMode):
+    """Below autograd and vmap, so that noise inside fused layers is found too."""
 
-    def __init__(self, noise: Noise, *, high: bool) -> None:
+    def __init__(self, noise: Noise, guard: WriteGuard | None, *, high: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._noise = noise
+        self._guard = guard
         self._high = high
 
     def __torch_dispatch__(
@@ -87,11 +92,14 @@ class _NoiseOff(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        kwargs = kwargs or {}
+        if self._guard is not None:
+            self._guard.check(func, args, kwargs)
+        is_random, sorts = _kind_of(func)
+        if is_random:
             return self._without_noise(func, args, kwargs)
         out = func(*args, **kwargs)
-        if self._noise.drawn and func._schema.name in {"aten::sort", "aten::topk"}:
+        if sorts and self._noise.drawn:
             return _ties_rolled(out, _arguments(func, args, kwargs))
         return out
 
@@ -114,6 +122,12 @@ class _NoiseOff(TorchDispatchMode):
         if out.is_floating_point():
             return out.fill_(0.95 if self._high else 0.05)
         return out.fill_(given.get("high", 1) - 1 if self._high else given.get("low", 0))
+
+
+@cache
+def _kind_of(func: Any) -> tuple[bool, bool]:
+    """Tell whether an operator draws random numbers, and whether it sorts."""
+    return torch.Tag.nondeterministic_seeded in func.tags, func._schema.name in {"aten::sort", "aten::topk"}
 
 
 def _ties_rolled(found: tuple[Tensor, Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:

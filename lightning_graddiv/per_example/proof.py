@@ -21,12 +21,17 @@ from lightning_graddiv.per_example.batches import select
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.functional import differentiate
 from lightning_graddiv.per_example.ghost import GhostRecorder
-from lightning_graddiv.per_example.guard import writes_refused
 from lightning_graddiv.per_example.layers import Layout
 from lightning_graddiv.per_example.losses import StepLoss
-from lightning_graddiv.per_example.noise import noise_off
 from lightning_graddiv.per_example.records import Recorded, Use
-from lightning_graddiv.per_example.separability import MIXED, Sample, compare_with_parts, full_precision, tolerance
+from lightning_graddiv.per_example.separability import (
+    MIXED,
+    Sample,
+    compare_with_parts,
+    full_precision,
+    held_still,
+    tolerance,
+)
 from lightning_graddiv.per_example.sketches import Sketcher, gradients_let_go
 
 Reduction = Literal["mean", "sum", "weighted"]
@@ -114,9 +119,9 @@ def _compare_with_loop(loss: StepLoss, sample: Sample) -> GhostPlan:
     misses: dict[int, str] = {}
     with GhostRecorder(loss.parameters) as recorder:
         recorder.begin(sample.total)
-        with noise_off(), writes_refused(loss.module), full_precision(), torch.no_grad():
-            with torch.enable_grad(), gradients_let_go(loss.parameters, _ignore):
-                differentiate(loss, sample.batch, watch=recorder.attach)
+        with held_still(loss.module), gradients_let_go(loss.parameters, _ignore):
+            differentiate(loss, sample.batch, watch=recorder.attach)
+        with full_precision(), torch.no_grad():
             relative, of_all = _rounding(loss.module)
             whole = sample.weights.abs() * sample.sq_norms.sqrt()
             for index in range(len(loss.parameters)):
@@ -145,23 +150,26 @@ def _compare_in_other_company(
     parts = min(parts, total // 2)
     _, of_all = _rounding(loss.module)
     misses, is_weighted = dict(plan.misses), plan.reduction == "weighted"
-    with noise_off(), writes_refused(loss.module), full_precision():
+    taken_apart = [order[i::parts] for i in range(parts)]
+    with held_still(loss.module):
         together, _ = ghost_pass(loss, batch, total, plan, keeps_gradients=False)
-        misses |= together.misses
-        for examples in (order[i::parts] for i in range(parts)):
-            part = select(batch, examples, total)
-            apart, _ = ghost_pass(loss, part, len(examples), plan, keeps_gradients=False)
-            misses |= apart.misses
-            covered = [index for index in range(len(loss.parameters)) if index not in misses]
-            among_all = together.total(covered)[examples]
-            factor = _common_factor(apart, together, examples, covered)
-            is_weighted |= not _is_expected(factor, plan.reduction, total / len(examples), tolerance(loss.module))
-            floor = of_all * among_all.max()
-            for index in covered:
-                if index in together.sq_norms and index in apart.sq_norms:
-                    wanted, found = factor * together.sq_norms[index][examples], apart.sq_norms[index]
-                    if bool(((found - wanted).abs() > 4 * tolerance(loss.module) * wanted + factor * floor).any()):
-                        misses[index] = "what an example contributes depends on the others in its batch"
+        alone = [
+            ghost_pass(loss, select(batch, examples, total), len(examples), plan, keeps_gradients=False)[0]
+            for examples in taken_apart
+        ]
+    misses |= together.misses
+    for apart, examples in zip(alone, taken_apart, strict=True):
+        misses |= apart.misses
+        covered = [index for index in range(len(loss.parameters)) if index not in misses]
+        among_all = together.total(covered)[examples]
+        factor = _common_factor(apart, together, examples, covered)
+        is_weighted |= not _is_expected(factor, plan.reduction, total / len(examples), tolerance(loss.module))
+        floor = of_all * among_all.max()
+        for index in covered:
+            if index in together.sq_norms and index in apart.sq_norms:
+                wanted, found = factor * together.sq_norms[index][examples], apart.sq_norms[index]
+                if bool(((found - wanted).abs() > 4 * tolerance(loss.module) * wanted + factor * floor).any()):
+                    misses[index] = "what an example contributes depends on the others in its batch"
     if len(plan.misses) < len(misses) == len(loss.parameters):
         raise MixingError(MIXED, lasting=True)
     return replace(plan, misses=misses, reduction="weighted" if is_weighted else plan.reduction)

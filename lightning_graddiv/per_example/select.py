@@ -10,12 +10,11 @@ from lightning_graddiv.diversity import GradientMoments
 from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
 from lightning_graddiv.per_example.batches import count_examples, select
 from lightning_graddiv.per_example.functional import PerExampleGradients, functional_gradients, loop_gradients
-from lightning_graddiv.per_example.guard import FrozenParameterWritten, writes_refused
+from lightning_graddiv.per_example.guard import FrozenParameterWritten
 from lightning_graddiv.per_example.losses import LossFunction, StepLoss, measuring
 from lightning_graddiv.per_example.microbatch import group_moments
-from lightning_graddiv.per_example.noise import noise_off
 from lightning_graddiv.per_example.partition import ghost_gradients
-from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum, full_precision
+from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum, held_still
 
 Measured = TypeVar("Measured")
 
@@ -104,7 +103,7 @@ class PerExampleEngine:
                 check_engine(functional_gradients, loss, sample)
             except FunctionalEngineError as error:
                 self._fall_back(loss, sample.batch, sample.total, error)
-        with noise_off(high=True) as noise, writes_refused(loss.module), full_precision():
+        with held_still(loss.module, high=True) as noise:
             measured = self._measure(loss, batch, total)
             check_sum(loss, batch, measured)
         return None if noise.drawn else measured

@@ -17,10 +17,10 @@ from lightning_graddiv.per_example.functional import (
     require_finite,
     splitting,
 )
-from lightning_graddiv.per_example.guard import writes_refused
+from lightning_graddiv.per_example.guard import WriteGuard, parameters_guarded
 from lightning_graddiv.per_example.layers import mixes_examples
 from lightning_graddiv.per_example.losses import StepLoss
-from lightning_graddiv.per_example.noise import noise_off
+from lightning_graddiv.per_example.noise import Noise, noise_off
 from lightning_graddiv.per_example.sketches import Sketch, Sketcher
 
 _EXAMPLES = 4
@@ -81,7 +81,7 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
     examples = random.Random(seed).sample(range(total), min(_EXAMPLES, total))
     together = select(batch, examples, total)
     sketcher = Sketcher(loss.parameters, seed)
-    with splitting(loss), noise_off(high=high) as noise, writes_refused(loss.module), full_precision():
+    with splitting(loss), held_still(loss.module, high=high) as noise:
         joint = sketcher.differentiated(loss, together)
         alone = Sketch.stack([sketcher.differentiated(loss, select(batch, [example], total)) for example in examples])
     if loss.is_partial and not bool(alone.sq_norms.any()) and not bool(joint.sq_norms.any()):
@@ -140,7 +140,7 @@ def check_engine(engine: Callable[[StepLoss, Any, int], PerExampleGradients], lo
     Raises:
         FunctionalEngineError: they disagree, or the engine does not run.
     """
-    with noise_off(), writes_refused(loss.module), full_precision():
+    with held_still(loss.module):
         found = engine(loss, sample.batch, sample.total).sq_norms
     scale = float(sample.sq_norms.max())
     if float((found - sample.sq_norms).abs().max()) > 2 * tolerance(loss.module) * scale:
@@ -153,11 +153,26 @@ def check_sum(loss: StepLoss, batch: Any, measured: PerExampleGradients) -> None
     Raises:
         MeasurementError: they do not, by any common factor.
     """
-    with noise_off(high=True), writes_refused(loss.module), full_precision():
+    with held_still(loss.module, high=True):
         joint = _vector(loss, batch)
     allowed = tolerance(loss.module)
     if _common_factor(joint.to(_wide(joint)), measured.gradient_sum, measured.sq_norms, allowed) is None:
         raise MeasurementError(MIXED_OR_WEIGHTED, lasting=True)
+
+
+@contextmanager
+def held_still(module: nn.Module, *, high: bool = False) -> Iterator[Noise]:
+    """Run steps that can be compared: noise off, parameters kept, products in full precision.
+
+    Args:
+        module: that runs.
+        high: see :func:`.noise_off`.
+
+    Raises:
+        MeasurementError: see :func:`.writes_refused`.
+    """
+    with parameters_guarded(module), noise_off(high=high, guard=WriteGuard(module)) as noise, full_precision():
+        yield noise
 
 
 @contextmanager
