@@ -74,6 +74,12 @@ class ProbeWindow:
         """Pool the probes held, by :func:`~lightning_graddiv.diversity.estimate_diversity`."""
         return estimate_diversity(self.probes, dataset_size=dataset_size, confidence=confidence)
 
+    def __copy__(self) -> ProbeWindow:
+        """Return a window of the same probes: a callback takes one down after every optimizer step."""
+        copied = ProbeWindow.__new__(ProbeWindow)
+        copied.__dict__.update(self.__dict__)  # its list of probes is replaced when they change, never written to
+        return copied
+
     def state_dict(self) -> dict[str, Any]:
         """The probes as lists, dicts and floats: loads with ``torch.load(weights_only=True)``."""
         return {"probes": [asdict(probe) for probe in self._probes]}

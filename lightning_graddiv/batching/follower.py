@@ -96,7 +96,8 @@ class WindowFollower:
         running = self._pass_of_epoch(examples_more is not None)
         if running is None or running.origin is None:
             return None
-        origin = replace(running.origin, is_known=self._is_order_shared)
+        is_shared = running.origin.is_known == self._is_order_shared
+        origin = running.origin if is_shared else replace(running.origin, is_known=self._is_order_shared)
         if examples_more is None:
             return PassPlace(origin, self._examples, self._last)
         return PassPlace(origin, self._examples + examples_more, self._last_taken)

@@ -35,8 +35,9 @@ from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, DiversityEstima
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
 
-_CADENCE = (20, 40, 80)
-"""Optimizer steps from one measurement to the next: so that a window spans at most half of the training so far."""
+_WAITING, _YOUNG, _SETTLED = 20, 40, 80
+"""Optimizer steps from one measurement to the next: while a growth waits for measurements, while a window of the third
+would span more than the training so far, and after that."""
 
 
 class AdaptiveBatchSize(GradientDiversityMonitor):
@@ -57,12 +58,12 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next. None: 20 at first and after each growth, until
-            there are ``cooldown`` of them; then 20, 40 or 80, so that a window spans at most half of the training so
-            far; 80 where the batch cannot grow any more.
+            there are ``cooldown`` of them; then 40, and 80 once the training is ``window`` times as long, or the batch
+            cannot grow any more.
         engine: see :class:`GradientDiversityMonitor`, as for the next four.
         max_examples: see there.
         window: see there; it also restarts at growth.
-        confidence: see there.
+        confidence: see there. Growth goes by the lower end alone, which B_S is above with (1 + confidence) / 2.
         log_prefix: see there.
         max_batch_size: the largest effective batch size.
         delta: accepted loss of efficiency in ``B <= delta * B_S + 1``. Used where ``policy`` is None.
@@ -108,7 +109,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,
-        confidence: float = 0.9,
+        confidence: float = 0.8,
         log_prefix: str = "graddiv",
         *,
         max_batch_size: int,
@@ -116,9 +117,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         policy: Policy | None = None,
         growth_factor: int = 2,
         max_micro_batch_size: int | None = None,
-        cooldown: int = 8,
+        cooldown: int = 4,
         scale_lr: LearningRateRule = "auto",
-        warm_in: int = 4,
+        warm_in: int = 20,
         merge_batches: bool = False,
         stability: DifferentialDiversityMonitor | None = None,
     ) -> None:
@@ -126,7 +127,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._resizer: ResumableResizer | None = None
         self.max_micro_batch_size = max_micro_batch_size
         self._is_cadence_own = every_n_steps is None
-        every_n_steps = _CADENCE[-1] if every_n_steps is None else every_n_steps
+        every_n_steps = _SETTLED if every_n_steps is None else every_n_steps
         super().__init__(every_n_steps, engine, max_examples, window, confidence, log_prefix)
         require(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
         is_factor = isinstance(growth_factor, int) and growth_factor >= 2
@@ -245,17 +246,18 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._batch_started = time.perf_counter()
 
     @override
-    def _end_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, seen: tuple[Any, int]) -> None:
+    def _end_batch(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, seen: tuple[Any, int], examples: int
+    ) -> None:
         is_measured = self._measured is not None
         if self._measured is None:
-            examples = self._drawn_examples(trainer, seen[1]) * trainer.world_size
             self._throughput.add(self.batch_size, examples, time.perf_counter() - self._batch_started)
         else:
             self._moments = self._measured
             self._measured_since_growth += 1
             loss = outputs.get("loss", math.nan) if isinstance(outputs, Mapping) else math.nan
             self._loss = float(loss) * trainer.accumulate_grad_batches  # Lightning has divided by it
-        super()._end_batch(trainer, pl_module, outputs, seen)
+        super()._end_batch(trainer, pl_module, outputs, seen, examples)
         if self._stepped:
             resizer = self._running()
             self._clock.advance(pl_module, resizer.base_steps, resizer.known_base.accumulate)
@@ -299,14 +301,17 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             "learning_rate": self._scale.state_dict(),
             "clock": self._clock.state_dict(),
             "loss": self._loss,
-            "moments": None if self._moments is None else asdict(self._moments),
+            "moments": self._moments,
         }
 
     @override
     def state_dict(self) -> dict[str, Any]:
         self._save_step_under_way()
         state = super().state_dict()
-        return state and {**state, "throughput": self._throughput.state_dict()}
+        if not state:
+            return state
+        moments = None if state["moments"] is None else asdict(state["moments"])
+        return {**state, "moments": moments, "throughput": self._throughput.state_dict()}
 
     def _save_step_under_way(self) -> None:
         """Take down an optimizer step that has been taken while its batch has not ended, as in another's hook.
@@ -423,9 +428,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         """A growth that waits for measurements gets them soon, and B_S moves fastest at the start of a training."""
         if not self._is_cadence_own or self.batch_size * self.growth_factor > self.max_batch_size:
             return self.every_n_steps
-        is_enough = len(self._window) >= MIN_PROBES_FOR_INTERVAL and self._has_measured_enough()
-        fitting = [every for every in _CADENCE if 2 * self._window.size * every <= self.optimizer_steps]
-        return max(fitting, default=_CADENCE[0]) if is_enough else _CADENCE[0]
+        if len(self._window) < MIN_PROBES_FOR_INTERVAL or not self._has_measured_enough():
+            return _WAITING
+        return _YOUNG if self.optimizer_steps < _SETTLED * self._window.size else _SETTLED
 
     def _take_effect(self, trainer: Trainer, pending: Growth) -> None:
         """The first micro-batch of the new size is about to be trained on."""

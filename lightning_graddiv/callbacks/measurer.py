@@ -169,10 +169,12 @@ class StepMeasurer:
 
     def before_optimizer_step(self, trainer: Any) -> None:
         """End the measurement of a step that was watched, with the gradient that is about to be applied."""
+        if self._step is None:
+            return
         with self._stopwatch.measuring(trainer.strategy.root_device):
             self._compare(self._step, trainer.world_size, trainer.strategy.root_device)
 
-    def _compare(self, step: InBandStep | None, world_size: int, device: torch.device) -> None:
+    def _compare(self, step: InBandStep, world_size: int, device: torch.device) -> None:
         if isinstance(step, GhostStep):
             outcome = ghost_outcome(step, self._parameters, self._error, device)
             if outcome.leaves_out_rest:
@@ -195,6 +197,8 @@ class StepMeasurer:
 
     def close(self) -> None:
         """End what is going on and remove every hook; may be called more than once."""
+        if not self.is_open:
+            return
         self._disarm()
         if self._step is not None:
             self._step.close()
@@ -255,7 +259,7 @@ class StepMeasurer:
         if self._step is None:
             self._step = self._begun(trainer, is_one_pass=module.automatic_optimization)
         try:
-            runs_again = self.engine == "ghost" and not self._is_sharded()
+            runs_again = isinstance(self._step, GhostStep) and self._step.measures_rest
             loss = self._seen(trainer, module, args).loss() if runs_again else None
             examples = self._count(trainer, args, batch_idx)
             self._step.forward(module, loss, args[0], examples, trainer.accumulate_grad_batches)
@@ -277,7 +281,8 @@ class StepMeasurer:
     def _is_proven(self, trainer: Any, module: Any, args: tuple[Any, ...]) -> bool:
         """Prove on every process what the rules cover, where that is due; tell whether measuring goes on."""
         device = trainer.strategy.root_device
-        is_due = self._ghost.is_check_due(module, self._parameters)
+        is_wrapped = trainer.model is not module
+        is_due = self._ghost.is_check_due(module, self._parameters, is_wrapped=is_wrapped)
         if smallest_over_ranks([float(not is_due)], device)[0] > 0:  # none of the processes wants to
             return True
         is_whole = self._is_full_enough(trainer, args)

@@ -242,12 +242,20 @@ class GradientDiversityMonitor(Callback):
     ) -> None:
         if updates_statistics(trainer):
             return
-        self._end_batch(trainer, pl_module, outputs, (batch, batch_idx))
+        examples = self._drawn_examples(trainer, batch_idx) * trainer.world_size
+        self._end_batch(trainer, pl_module, outputs, (batch, batch_idx), examples)
         if self._stepped:
             self._save(trainer)
 
-    def _end_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, seen: tuple[Any, int]) -> None:  # noqa: ARG002 - for those who do more
-        self.examples_seen += self._drawn_examples(trainer, seen[1]) * trainer.world_size
+    def _end_batch(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002 - for those who do more, as the next
+        seen: tuple[Any, int],  # noqa: ARG002
+        examples: int,
+    ) -> None:
+        self.examples_seen += examples
         self.optimizer_steps += self._stepped
         if self._stepped:
             self._stopwatch.end_step(trainer.strategy.root_device, is_measured=self._is_measured_step)

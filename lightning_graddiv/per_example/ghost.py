@@ -24,7 +24,7 @@ from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
-from lightning_graddiv.per_example.modes import modes_off
+from lightning_graddiv.per_example.modes import own_work
 from lightning_graddiv.per_example.records import Recorded, Use
 
 Layouts = Mapping[tuple[int, int], Layout]
@@ -173,7 +173,7 @@ class GhostRecorder:
         """
         if self._error is not None:
             raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
-        with torch.no_grad(), modes_off():
+        with own_work():
             self._measure_waiting()
             recorded = self._ledger.balance()
         self._clear()
@@ -189,7 +189,7 @@ class GhostRecorder:
             return
         start = time.perf_counter()
         try:
-            with torch.no_grad(), modes_off():
+            with own_work():
                 record()
         except Exception as error:
             self._error = error

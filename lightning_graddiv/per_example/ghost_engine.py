@@ -14,12 +14,13 @@ from lightning_graddiv.per_example.proof import GhostPlan, prove
 from lightning_graddiv.per_example.select import PerExampleEngine, with_frozen_copied
 
 
-def is_proof_due(measured: int) -> bool:
-    """Tell whether to prove again after so many measurements: 0, 1, 16 and every 256.
+def is_proof_due(measured: int, *, is_wrapped: bool) -> bool:
+    """Tell whether to prove again after so many measurements: 0, 64 and every 256.
 
-    Rarer than the checks of engines that run the step again: here a changed step is noticed when it happens.
+    Rarer than the checks of engines that run the step again: here a changed step is noticed when it happens. That costs
+    the measurement, and the second one always where the module ``is_wrapped``: DDP's first step is not like the others.
     """
-    return measured in (0, 1, 16) or measured % 256 == 0
+    return measured == 64 or measured % 256 == 0 or (is_wrapped and measured == 1)
 
 
 class GhostEngine:
@@ -50,10 +51,16 @@ class GhostEngine:
         """Forget which objects the parameters were: a copy has others."""
         return {**self.__dict__, "_known": []}
 
-    def is_check_due(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
-        """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`."""
+    def is_check_due(self, module: nn.Module, parameters: Sequence[nn.Parameter], *, is_wrapped: bool) -> bool:
+        """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`.
+
+        Args:
+            module: that trains.
+            parameters: all that are measured.
+            is_wrapped: whether what trains is another module around it, as under DDP.
+        """
         is_known = self._known == [id(parameter) for parameter in parameters] and self._modes == modes_of(module)
-        return not self._is_trusted or not is_known or is_proof_due(self.measured)
+        return not self._is_trusted or not is_known or is_proof_due(self.measured, is_wrapped=is_wrapped)
 
     def check(self, loss: StepLoss, batch: Any, total: int, *, seed: int) -> list[float]:
         """Prove on a few examples what can be measured.

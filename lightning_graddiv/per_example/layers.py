@@ -54,6 +54,8 @@ class Layout(Enum):
         shape = values.shape[:leading]
         if not self.fits(tuple(shape), examples):
             raise ValueError(f"{examples} examples cannot lie in {tuple(shape)} as {self.value}")
+        if self is Layout.FIRST and leading == 1:
+            return values.unsqueeze(1)
         trailing = values.shape[leading:]
         if self is Layout.SECOND:
             values = values.transpose(0, 1)

@@ -1,9 +1,11 @@
-"""Watching every operator of a pass, and our own work within it, which is not to be watched."""
+"""Watching every operator of a pass, and our own work within it, which is neither watched nor differentiated."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch.utils._python_dispatch import TorchDispatchMode, _len_torch_dispatch_stack, _pop_mode, _push_mode
+import torch
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 
 class OperatorMode(TorchDispatchMode):
@@ -17,12 +19,21 @@ class OperatorMode(TorchDispatchMode):
         return False
 
 
+def own_work() -> AbstractContextManager[None]:
+    """Leave every mode for the block, and enter them again; build no graph."""
+    is_plain = _len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()  # as in most backward passes
+    return _ALREADY if is_plain else _left_alone()
+
+
+_ALREADY = nullcontext()
+
+
 @contextmanager
-def modes_off() -> Iterator[None]:
-    """Leave every mode for the block, and enter them again."""
+def _left_alone() -> Iterator[None]:
     left = [_pop_mode() for _ in range(_len_torch_dispatch_stack())]
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for mode in reversed(left):
             _push_mode(mode)

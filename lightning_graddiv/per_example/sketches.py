@@ -13,7 +13,7 @@ from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.functional import differentiate, require_finite
 from lightning_graddiv.per_example.losses import StepLoss
-from lightning_graddiv.per_example.modes import modes_off
+from lightning_graddiv.per_example.modes import own_work
 from lightning_graddiv.per_example.norms import on_processor, real_view, sum_of_squares
 
 _FEWEST_PER_PARAMETER = 16
@@ -97,7 +97,7 @@ def gradients_let_go(parameters: Sequence[Tensor], look: Callable[[int, Tensor],
 
     def taken(index: int) -> Callable[[Tensor], Tensor | None]:
         def take(gradient: Tensor) -> Tensor | None:
-            with torch.no_grad(), modes_off():
+            with own_work():
                 look(index, gradient.detach())
                 return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
