@@ -1,5 +1,6 @@
 """The window of probes: what it forgets, and what survives a checkpoint."""
 
+import copy
 import io
 import math
 
@@ -150,6 +151,16 @@ class TestState:
         state = window.state_dict()
         window.clear()
         assert len(state["probes"]) == 4
+
+
+def test_a_copy_keeps_what_it_held_whatever_becomes_of_the_window():
+    window = filled(3)
+    kept, before = copy.copy(window), numbers(window)
+    window.append(probe(7), learning_rate=0.1, examples_seen=400)
+    assert numbers(kept) == before != numbers(window)
+    window.clear()
+    assert numbers(kept) == before
+    assert kept.size == window.size
 
 
 @pytest.mark.parametrize("size", [0, -1])

@@ -58,12 +58,12 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next. None: 20 at first and after each growth, until
-            there are ``cooldown`` of them; then 40, and 80 once the training is ``window`` times as long, or the batch
-            cannot grow any more.
+            there are ``cooldown`` of them, else 40; 80 from step ``80 * window`` on, and where the batch cannot grow
+            any more.
         engine: see :class:`GradientDiversityMonitor`, as for the next four.
         max_examples: see there.
         window: see there; it also restarts at growth.
-        confidence: see there. Growth goes by the lower end alone, which B_S is above with (1 + confidence) / 2.
+        confidence: see there. Growth goes by the lower end alone, above which B_S is with ``(1 + confidence) / 2``.
         log_prefix: see there.
         max_batch_size: the largest effective batch size.
         delta: accepted loss of efficiency in ``B <= delta * B_S + 1``. Used where ``policy`` is None.

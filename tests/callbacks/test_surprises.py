@@ -206,7 +206,7 @@ def test_a_step_that_takes_another_way_each_time_is_measured_all_the_same():
     module.on_train_batch_start = turn
     with warned("training_step computes something else"):
         trained(module, DataLoader(signals(512), 8), monitor=monitor)
-    assert len(monitor.probes) > 32  # of 64: a dozen ways are told apart by the kinds of their operations in the end
+    assert len(monitor.probes) >= 32  # of 64: a dozen ways are told apart by the kinds of their operations in the end
 
 
 def test_a_plain_training_is_not_checked_more_often_than_planned():
@@ -215,6 +215,6 @@ def test_a_plain_training_is_not_checked_more_often_than_planned():
     original = engine.check
     engine.check = lambda *args, **kwargs: (checks.append(1), original(*args, **kwargs))[1]
     monitor._forget = lambda: None  # or the monitor begins with another engine
-    trained(module, signals(160), monitor=monitor)
-    assert len(monitor.probes) == 20
-    assert len(checks) == 3  # before the first, and after 1 and 16
+    trained(module, signals(8 * 66), monitor=monitor)
+    assert len(monitor.probes) == 66
+    assert len(checks) == 2  # before the first, and after 64
