@@ -1,12 +1,13 @@
 """What a training step must not do while it is measured, and what is put back if it does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_graddiv.errors import CouplingError, MeasurementError
 from lightning_graddiv.per_example.modes import OperatorMode
@@ -91,14 +92,8 @@ class _Refusing(OperatorMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._guard = guard
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    @override
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._guard.check(func, args, kwargs)
         return func(*args, **kwargs)
 

@@ -5,7 +5,7 @@ parts, and noise of different shapes would hide it.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_graddiv.per_example.guard import WriteGuard
 from lightning_graddiv.per_example.modes import OperatorMode
@@ -85,14 +86,8 @@ class _NoiseOff(OperatorMode):
         self._guard = guard
         self._high = high
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    @override
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._guard is not None:
             self._guard.check(func, args, kwargs)
         is_random, sorts = _kind_of(func)
