@@ -12,7 +12,7 @@ from race_tracks import Track
 from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor
 from lightning_graddiv.policies import DiversityBound, Doubling, Goodput, NoiseScale, NormTest, Policy
 
-DEFAULT = "DiversityBound 1"
+DEFAULT = "DiversityBound 2"
 """The contestant that is the callback as it comes."""
 
 
@@ -110,7 +110,8 @@ CONTESTANTS = {
         *(Contestant(f"DiveBatch {delta:g}", dive_delta=delta, group="DiveBatch") for delta in (0.01, 0.1)),
         Contestant("DiveBatch 0.1, same rate", dive_delta=0.1, dive_rescale=False, group="DiveBatch"),
         Contestant("NoiseScale", policy=lambda _: NoiseScale()),
-        Contestant("NormTest", policy=lambda _: NormTest(eta=0.5)),
+        # Its batch is the least that it takes, four times the noise scale, where linear scaling would be too much.
+        Contestant("NormTest", policy=lambda _: NormTest(eta=0.5), arguments=lambda _: {"scale_lr": "gain"}),
         *(diversity_bound(delta) for delta in (0.25, 0.5, 1.0, 2.0)),
         Contestant("Goodput", policy=lambda _: Goodput()),
     )

@@ -63,7 +63,7 @@ class DiversityBound:
         ValueError: delta is not positive.
     """
 
-    delta: float = 1.0
+    delta: float = 2.0
 
     def __post_init__(self) -> None:
         _require(self.delta > 0, "delta", "positive", self.delta)

@@ -337,6 +337,12 @@ class TestTheRecommendation:
         assert found.recommended.micro_batch_size == max(rate, key=rate.get)
         assert found.throughput[8] == pytest.approx(8 / found.seconds[8])
         assert found.learning_rate == 0.1
+        assert found.learning_rate_factor == 32 / 4
+
+    def test_the_rate_follows_the_rule_that_is_asked_for(self):
+        module = AuditModule(64, learning_rate=0.1)
+        arguments = {"repeats": 1, "delta": 0.5, "scale_lr": "gain"}
+        found = find_batch_size(quiet_trainer(max_epochs=1), module, loader(64, 4), **arguments)
         assert found.learning_rate_factor == pytest.approx(gain(32, 64) / gain(4, 64))
 
     def test_and_gradients_that_are_alike_the_smallest(self):

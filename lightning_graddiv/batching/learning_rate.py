@@ -21,9 +21,9 @@ def learning_rate_factor(
     rule      factor                                                      source
     ========  ==========================================================  =========================================
     gain      gain(B) / gain(B0), gain(B) = B B_S / (B_S + B - 1)         derived from Lemma 1; linear while B << B_S
-    linear    B / B0                                                      theorems 2-5, within the bound
+    linear    B / B0                                                      theorems 2-5, while B <= delta B_S + 1
     sqrt      sqrt(B / B0)                                                usual for Adam
-    auto      gain for plain SGD, its square root for any other           derived
+    auto      linear for SGD, sqrt for any other                          theorems 2-5; usual for Adam
     None      1
     ========  ==========================================================  =========================================
 
@@ -36,11 +36,10 @@ def learning_rate_factor(
     """
     if rule is None:
         return 1.0
-    if rule in ("linear", "sqrt"):
-        ratio = batch_size / base_batch_size
-        return ratio if rule == "linear" else ratio**0.5
-    ratio = gain(batch_size, bound) / gain(base_batch_size, bound)
-    return ratio if rule == "gain" or isinstance(optimizer, (SGD, ASGD)) else ratio**0.5
+    if rule == "gain":
+        return gain(batch_size, bound) / gain(base_batch_size, bound)
+    is_linear = rule == "linear" or (rule == "auto" and isinstance(optimizer, (SGD, ASGD)))
+    return (batch_size / base_batch_size) ** (1.0 if is_linear else 0.5)
 
 
 def largest_learning_rate(optimizer: Optimizer) -> float:

@@ -35,8 +35,8 @@ from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, DiversityEstima
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
 
-_WAITING, _YOUNG, _SETTLED = 20, 40, 80
-"""Optimizer steps from one measurement to the next: while a growth waits for measurements, while a window of the third
+_YOUNG, _SETTLED = 40, 80
+"""Optimizer steps from one measurement to the next: while a growth waits for measurements or a window of the second
 would span more than the training so far, and after that."""
 
 
@@ -57,9 +57,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     examples then; as a fraction it stays that part of the data.
 
     Args:
-        every_n_steps: optimizer steps from one measurement to the next. None: 20 at first and after each growth, until
-            there are ``cooldown`` of them, else 40; 80 from step ``80 * window`` on, and where the batch cannot grow
-            any more.
+        every_n_steps: optimizer steps from one measurement to the next. None: 40 until step ``80 * window``, and after
+            each growth until there are ``cooldown`` of them; else, and where the batch cannot grow any more, 80.
         engine: see :class:`GradientDiversityMonitor`, as for the next four.
         max_examples: see there.
         window: see there; it also restarts at growth.
@@ -75,7 +74,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
             makes up for one that fails. One that cannot be tried, under FSDP2 for example, is adopted only if this is
             given.
         cooldown: measurements after a growth before the next, and probes that a growth needs (no more than ``window``).
-        scale_lr: ``"gain"``, ``"linear"``, ``"sqrt"``, None, or ``"auto"``: gain for SGD, its square root for any other
+        scale_lr: ``"gain"``, ``"linear"``, ``"sqrt"``, None, or ``"auto"``: linear for SGD, sqrt for any other
             optimizer; see :func:`~lightning_graddiv.batching.learning_rate.learning_rate_factor`. A parameter group
             may have its own, under the key ``"scale_lr"``.
         warm_in: optimizer steps over which the learning rate reaches a new factor, in equal parts; 0: at once.
@@ -113,7 +112,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         log_prefix: str = "graddiv",
         *,
         max_batch_size: int,
-        delta: float = 1.0,
+        delta: float = 2.0,
         policy: Policy | None = None,
         growth_factor: int = 2,
         max_micro_batch_size: int | None = None,
@@ -428,9 +427,9 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         """A growth that waits for measurements gets them soon, and B_S moves fastest at the start of a training."""
         if not self._is_cadence_own or self.batch_size * self.growth_factor > self.max_batch_size:
             return self.every_n_steps
-        if len(self._window) < MIN_PROBES_FOR_INTERVAL or not self._has_measured_enough():
-            return _WAITING
-        return _YOUNG if self.optimizer_steps < _SETTLED * self._window.size else _SETTLED
+        is_young = self.optimizer_steps < _SETTLED * self._window.size
+        is_waiting = len(self._window) < MIN_PROBES_FOR_INTERVAL or not self._has_measured_enough()
+        return _YOUNG if is_young or is_waiting else _SETTLED
 
     def _take_effect(self, trainer: Trainer, pending: Growth) -> None:
         """The first micro-batch of the new size is about to be trained on."""

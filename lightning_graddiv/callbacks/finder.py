@@ -84,7 +84,7 @@ class BatchSizeBoundFinder(Callback):
         engine: str = "auto",
         confidence: float = 0.9,
         *,
-        delta: float = 1.0,
+        delta: float = 2.0,
         policy: Policy | None = None,
         max_batch_size: int = 4096,
         max_micro_batch_size: int | None = None,
