@@ -243,7 +243,7 @@ TRACKS = {
             lambda: pydoc_text(32),
             lambda: GPT(width=48, layers=1, heads=4, length=32, vocabulary=128),
             rate=0.008,
-            target=0.6,
+            target=0.58,
             epochs=5,
             small=16,
             large=512,

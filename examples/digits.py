@@ -57,7 +57,7 @@ class Classifier(L.LightningModule):
 
 def adaptive_batch_size() -> AdaptiveBatchSize:
     # An epoch of the small batch has 75 steps only, so measure more often than every 80 steps.
-    return AdaptiveBatchSize(max_batch_size=LARGE, delta=1, every_n_steps=4)
+    return AdaptiveBatchSize(max_batch_size=LARGE, every_n_steps=4)
 
 
 @dataclass

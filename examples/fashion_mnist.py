@@ -33,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     torch.set_num_threads(1)  # at small batches a second thread costs more than it gives
     data = fashion_mnist(options.data_dir)
 
-    # A quarter of a million weights make per-example gradients costly; 128 of them tell enough of a larger batch.
-    adaptive = AdaptiveBatchSize(max_batch_size=LARGE, delta=1, max_examples=128)
+    adaptive = AdaptiveBatchSize(max_batch_size=LARGE)
     runs = []
     for name, callback in (("small", None), ("adaptive", adaptive)):
         print(f"\n{name}: starts with batches of {SMALL}, learning rate {LEARNING_RATE}", flush=True)

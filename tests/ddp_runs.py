@@ -3,12 +3,9 @@
 Run as `python -m tests.ddp_runs FOLDER`; test_ddp.py reads the folder.
 """
 
-import json
-import sys
 import tempfile
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +18,7 @@ from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor
 from lightning_graddiv.callbacks.trial import MicroBatchTrial
 from tests import loader_matrix
 from tests.audit import AuditModule, loader, quiet_trainer
+from tests.processes import record
 
 EXAMPLES = 64
 SHARDS = (5, 3)
@@ -368,15 +366,5 @@ RUNS = (
 )
 
 
-def main(folder: Path) -> None:
-    import os
-
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.set_num_threads(1)
-    for run in RUNS:
-        result = run(rank)
-        (folder / f"{run.__name__}.{rank}.json").write_text(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    record(RUNS)

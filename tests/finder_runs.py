@@ -3,20 +3,16 @@
 Run as `python -m tests.finder_runs FOLDER`; test_finder_ddp.py reads the folder.
 """
 
-import json
-import os
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_graddiv import BatchSizeBoundFinder, MeasurementError, find_batch_size
 from tests.audit import quiet_trainer
 from tests.ddp_runs import OwnShard, Regression, regression_data
+from tests.processes import record
 
 RUN = {"repeats": 3, "max_batch_size": 32}
 
@@ -86,13 +82,5 @@ def one_process_refuses(rank):
 RUNS = (by_function, by_callback, two_sizes, one_process_refuses)
 
 
-def main(folder: Path) -> None:
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.set_num_threads(1)
-    for run in RUNS:
-        result = run(rank)
-        (folder / f"{run.__name__}.{rank}.json").write_text(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    record(RUNS)

@@ -3,10 +3,7 @@
 Run as `python -m tests.in_band_runs FOLDER`; test_in_band_ddp.py reads the folder.
 """
 
-import os
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_graddiv.per_example.in_band import GroupStep
 from tests.audit import quiet_trainer
 from tests.in_band import Collector, Convolutional, Step, Wide, Witness, signals
+from tests.processes import record
 
 SHARDS = (8, 5)
 
@@ -280,12 +278,5 @@ RUNS = (
 )
 
 
-def main(folder: Path) -> None:
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.set_num_threads(1)
-    for run_ in RUNS:
-        torch.save(run_(rank), folder / f"{run_.__name__}.{rank}.pt")
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    record(RUNS)

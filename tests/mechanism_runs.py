@@ -4,11 +4,9 @@ Run as `python -m tests.mechanism_runs FOLDER`; test_mechanisms_ddp.py reads the
 """
 
 import hashlib
-import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,6 +24,7 @@ from lightning_graddiv import (
     LangevinNoise,
 )
 from tests.audit import ScaledInFull, quiet_trainer
+from tests.processes import record
 
 SIZES = (5, 3)
 HIDDEN = 120
@@ -252,13 +251,5 @@ RUNS = (
 )
 
 
-def main(folder: Path) -> None:
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.set_num_threads(1)
-    for run in RUNS:
-        result = run(rank)
-        (folder / f"{run.__name__}.{rank}.json").write_text(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    record(RUNS)

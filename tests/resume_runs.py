@@ -7,15 +7,14 @@ import json
 import multiprocessing
 import os
 import random
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from tests.processes import rank_and_folder
 from tests.resuming import Saves, Traced, differences, growing, numbered_rows, run, train_loader
 
 EXAMPLES = 64
@@ -115,9 +114,8 @@ def fewer_processes(folder):
     return str(file)
 
 
-def main(folder: Path) -> None:
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.set_num_threads(1)
+def main() -> None:
+    rank, folder = rank_and_folder()
     multiprocessing.set_forkserver_preload(["tests.resuming"])
     results = {case: from_everywhere(folder, case) for case in CASES}
     results["sharded"] = sharded(folder)
@@ -127,4 +125,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

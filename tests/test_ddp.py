@@ -1,31 +1,16 @@
 """Two real processes measure what one would, decide alike, and never wait for each other in vain."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from lightning_graddiv import GradientMoments, measure_moments
 from tests import ddp_runs
+from tests.processes import results_of
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    root = Path(__file__).parent.parent
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.ddp_runs", str(folder)], cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-
-    def read(run):
-        name = run.__name__
-        return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
-
-    return read
+    return results_of(ddp_runs, tmp_path_factory.mktemp("ddp"))
 
 
 def reference_probes():
@@ -83,7 +68,7 @@ def test_a_last_batch_with_a_pair_on_one_process_only_is_measured_by_both(runs):
 def test_the_batch_grows_alike_and_every_example_is_in_one_step(runs):
     first, second = runs(ddp_runs.growth)
     assert {key: first[key] for key in first} == second
-    assert first["history"] == [[8, 16, 2.0], [16, 32, 4.0]]
+    assert first["history"] == [(8, 16, 2.0), (16, 32, 4.0)]
     assert first["sizes"] == [8] * 4 + [16] * 2 + [16] * 2 + [32] + [32] * 2 * 2
     assert first["micro_batches"] == [4] * 4 + [8] * 2 + [8] * 2 + [16] + [16] * 2 * 2
     assert first["seen_each_epoch"] == [[1]] * 4
@@ -180,7 +165,7 @@ def test_a_micro_batch_that_one_process_has_no_room_for_is_made_up_on_both(runs)
     assert first["history"] == second["history"] == [16, 32, 64]
     assert first["micro_batches"] == second["micro_batches"] == 8
     assert first["cap"] == second["cap"] == 15
-    assert first["seen"] == second["seen"] == [[ddp_runs.EXAMPLES, 0]] * 3
+    assert first["seen"] == second["seen"] == [(ddp_runs.EXAMPLES, 0)] * 3
 
 
 def test_a_micro_batch_is_tried_without_the_other_processes(runs):

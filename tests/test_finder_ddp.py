@@ -1,11 +1,5 @@
 """Two processes find what one would, together."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.data import DistributedSampler
@@ -13,23 +7,12 @@ from torch.utils.data import DistributedSampler
 from lightning_graddiv import estimate_diversity, measure_moments
 from tests import finder_runs
 from tests.ddp_runs import Regression, regression_data
+from tests.processes import results_of
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finder")
-    root = Path(__file__).parent.parent
-    # A seed that another test has set would be that of the samplers.
-    env = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    command = [sys.executable, "-m", "tests.finder_runs", str(folder)]
-    finished = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=100)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-
-    def read(run):
-        name = run.__name__
-        return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
-
-    return read
+    return results_of(finder_runs, tmp_path_factory.mktemp("finder"), timeout=100)
 
 
 def test_both_find_the_same_and_count_both(runs):

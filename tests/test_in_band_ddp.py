@@ -1,8 +1,5 @@
 """Two processes measured in-band are one set of examples, with the weights that they enter the step with."""
 
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +8,12 @@ from torch import nn
 
 from tests import in_band_runs
 from tests.in_band import Convolutional, Step, Wide, contributions, mean_squares, rho, rho_of
+from tests.processes import results_of
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("in_band")
-    root = Path(__file__).parent.parent
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.in_band_runs", str(folder)], cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return lambda run: [torch.load(folder / f"{run.__name__}.{rank}.pt", weights_only=True) for rank in range(2)]
+    return results_of(in_band_runs, tmp_path_factory.mktemp("in_band"))
 
 
 def probes_of(result):

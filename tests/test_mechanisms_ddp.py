@@ -1,10 +1,6 @@
 """Mechanisms and the differential monitor on two real processes: in sync to the bit, moments as the formulas say."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,26 +8,12 @@ import torch
 from lightning_graddiv import DifferentialMoments, GradientMoments, estimate_stability
 from tests import mechanism_runs
 from tests.mechanism_runs import SIZES, Share, batch_of, flat
+from tests.processes import results_of
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mechanisms")
-    root = Path(__file__).parent.parent
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.mechanism_runs", str(folder)],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-
-    def read(run):
-        name = run.__name__
-        return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
-
-    return read
+    return results_of(mechanism_runs, tmp_path_factory.mktemp("mechanisms"), timeout=400)
 
 
 def unit_gradients(module, rank):

@@ -1,26 +1,20 @@
 """What test_resume.py says of one process, of two."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
 from tests import resume_runs
+from tests.processes import start
 from tests.resuming import growing, numbered_rows, run, train_loader
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    root = Path(__file__).parent.parent
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.resume_runs", str(folder)], cwd=root, capture_output=True, text=True, timeout=400
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    start(resume_runs, folder, timeout=400)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
