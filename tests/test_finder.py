@@ -193,6 +193,37 @@ class TestNobodyCanTell:
         assert found.pop("callbacks") == alone["callbacks"] + 1
         assert_same({**found, "callbacks": alone["callbacks"]}, alone)
 
+    @pytest.mark.parametrize("what", ["module", "net", "in place"])
+    def test_a_compiled_module_is_measured_as_a_plain_one_and_stays_compiled(self, what):
+        class Silent(Classifier):  # the compiler does not understand `self.log`
+            def training_step(self, batch, batch_idx):
+                return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def compiled():
+            module = Silent()
+            if what == "module":
+                return module, torch.compile(module, backend="aot_eager")
+            if what == "net":
+                module.net = torch.compile(module.net, backend="aot_eager")
+            else:
+                module.compile(backend="aot_eager")
+            return module, module
+
+        def estimate(model):
+            seed_everything(3, verbose=False)
+            return find_batch_size(quiet_trainer(max_epochs=1), model, plain(), **FEW).estimate
+
+        def weights_after_fit(module, model, *, looks):
+            found = estimate(model) if looks else None
+            seed_everything(3, verbose=False)
+            quiet_trainer(max_epochs=1).fit(model, plain())
+            return found, [p.detach().clone() for p in module.parameters()]
+
+        found, weights = weights_after_fit(*compiled(), looks=True)
+        assert found == estimate(Silent())
+        _, wanted = weights_after_fit(*compiled(), looks=False)
+        assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
+
     def test_a_fit_that_goes_on_does_so_after_it(self):
         assert_same(trained(jittered, look, before=1), trained(jittered, None, before=1))
 
