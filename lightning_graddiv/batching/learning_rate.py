@@ -39,7 +39,8 @@ def learning_rate_factor(
     if rule == "gain":
         return gain(batch_size, bound) / gain(base_batch_size, bound)
     is_linear = rule == "linear" or (rule == "auto" and isinstance(optimizer, (SGD, ASGD)))
-    return (batch_size / base_batch_size) ** (1.0 if is_linear else 0.5)
+    ratio = batch_size / base_batch_size
+    return ratio if is_linear else ratio**0.5
 
 
 def largest_learning_rate(optimizer: Optimizer) -> float:
