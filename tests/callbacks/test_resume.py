@@ -511,17 +511,21 @@ def test_a_measurement_that_could_not_be_made_is_still_due(tmp_path):
 
 
 def test_measurements_that_a_growth_waits_for_come_as_soon(tmp_path):
-    """They come every 20 steps, and how many there were since the last growth is in the checkpoint."""
+    """They come every 40 steps, and how many there were since the last growth is in the checkpoint."""
+
+    class Steady(Traced):  # a rate that falls by half would empty the window before the second measurement
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.rate)
 
     def callback():
         return growing(every_n_steps=None, cooldown=2, window=4)
 
     saves, reference = Saves(tmp_path, ("on_train_epoch_end",)), callback()
-    module, _ = run(reference, train_loader(), saves, max_epochs=12)
-    assert len(reference.history) >= 2
-    for file in saves.files[1:7]:  # measurements come after these
+    module, _ = run(reference, train_loader(), saves, module=Steady(), max_epochs=18)
+    assert [growth.to_batch_size for growth in reference.history] == [8, 16]
+    for file in saves.files[1:15:2]:  # measurements come after these
         resumed = callback()
-        again, _ = run(resumed, train_loader(), ckpt_path=file, seed=99, max_epochs=12)
+        again, _ = run(resumed, train_loader(), ckpt_path=file, seed=99, module=Steady(), max_epochs=18)
         assert differences((module, reference), (again, resumed)) == [], file.name
 
 
