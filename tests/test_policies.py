@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_graddiv import (
     CABS,
     AdaptiveBatchSize,
+    BatchSizeBoundFinder,
     DiversityBound,
     Doubling,
     Goodput,
@@ -36,6 +37,15 @@ def estimated(lower, *, dataset_size=None, **kwargs):
 def test_the_bound_acts_on_the_lower_end():
     estimate = dataclasses.replace(ESTIMATE, bound=100.0, lower=60.0, upper=200.0)
     assert DiversityBound(0.5)(estimate, RUN) == 31.0
+
+
+def test_the_default_is_the_races_wherever_it_is_asked_for():
+    assert (
+        AdaptiveBatchSize(max_batch_size=8).policy
+        == BatchSizeBoundFinder().policy
+        == DiversityBound()
+        == DiversityBound(2)
+    )
 
 
 def test_at_a_bound_of_one_no_batch_grows():
