@@ -89,19 +89,28 @@ def now() -> float:
 
 
 class PeakFrom(L.Callback):
-    """Lets the peak of this process's memory begin anew with a step, without what was freed before (Linux, glibc)."""
+    """Lets the peak of memory begin anew with a step: of the GPU that trains, or of this process (Linux, glibc)."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if trainer.global_step != self.step:
+            return
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def train(
-    task: Task, steps: int, every_n_steps: int, device: str = "cpu", callbacks: Sequence[L.Callback] = ()
+    task: Task,
+    steps: int,
+    every_n_steps: int,
+    device: str = "cpu",
+    precision: Any = "32-true",
+    callbacks: Sequence[L.Callback] = (),
 ) -> tuple[list[tuple[str, float]], GradientDiversityMonitor]:
     """Return what kind each step was, plain, measured or checked, and its seconds."""
     torch.manual_seed(0)
@@ -115,6 +124,7 @@ def train(
         logger=False,
         accelerator=device,
         devices=1,
+        precision=precision,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -130,16 +140,16 @@ def by_kind(steps: Sequence[tuple[str, float]]) -> dict[str, Seconds]:
     return found
 
 
-def in_training(task: Task, quick: bool, device: str) -> dict[str, Any]:
-    pilot, _ = train(task, 6, 10**6, device)
+def in_training(task: Task, quick: bool, device: str, precision: Any = "32-true") -> dict[str, Any]:
+    pilot, _ = train(task, 6, 10**6, device, precision)
     per_step = statistics.median(by_kind(pilot)["plain"])
     steps = max(24, min(400, int((8 if quick else 25) / per_step)))
     with numbers_sent() as sent:
-        taken, monitor = train(task, steps, 2, device)
+        taken, monitor = train(task, steps, 2, device, precision)
     logged = monitor._stopwatch.overhead  # before anything else runs: it counts on
     seconds, all_seconds = by_kind(taken[2:]), by_kind(taken)  # the first two pay for start-up
     for _ in range(FIRST_CHECKS):
-        seconds["checked"] += by_kind(train(task, 4, 4, device)[0])["checked"]
+        seconds["checked"] += by_kind(train(task, 4, 4, device, precision)[0])["checked"]
     plain = statistics.median(seconds["plain"])
     cadence = GradientDiversityMonitor().every_n_steps
     extra = sum(sum(all_seconds[kind]) - plain * len(all_seconds[kind]) for kind in ("measured", "checked"))
@@ -189,10 +199,10 @@ def spread(seconds: Seconds) -> dict[str, float]:
     return {"milliseconds": 1e3 * statistics.median(seconds), "low": 1e3 * quartiles[0], "high": 1e3 * quartiles[2]}
 
 
-def contestants(task: Task, only: Sequence[str] | None = None) -> dict[str, Callable[[], Any]]:
+def contestants(task: Task, device: str, only: Sequence[str] | None = None) -> dict[str, Callable[[], Any]]:
     """Return what computes a batch's squared norms, of its examples' gradients and of the sum; each on its own net."""
     torch.manual_seed(0)
-    x, y = task.batch()
+    x, y = (tensor.to(device) for tensor in task.batch())
     makers = {
         "plain step": plain_step,
         "ours, in-band": ours_in_band,
@@ -210,7 +220,7 @@ def contestants(task: Task, only: Sequence[str] | None = None) -> dict[str, Call
     for name in only or makers:
         torch.manual_seed(1)
         try:
-            run = makers[name](task, task.net(), x, y)
+            run = makers[name](task, task.net().to(device), x, y)
             run()
             found[name] = run
         except Exception as error:
@@ -352,9 +362,9 @@ def backpack(task: Task, net: nn.Module, x: Tensor, y: Tensor, extension: str, a
     return run
 
 
-def bare(task: Task, quick: bool, only: Sequence[str] | None = None) -> dict[str, Any]:
+def bare(task: Task, quick: bool, device: str = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the time of each contestant."""
-    seconds = interleaved(contestants(task, only), 15 if quick else 45)
+    seconds = interleaved(contestants(task, device, only), 15 if quick else 45)
     return {name: {**spread(s), "over_plain": ratio(s, seconds["plain step"])} for name, s in seconds.items()}
 
 
@@ -385,7 +395,7 @@ def growth_of_cost(quick: bool) -> dict[str, dict[str, float]]:
     }
     only = ("plain step", "ours, in-band")
     return {
-        what: {str(n): bare(make(n), quick, only)["ours, in-band"]["over_plain"] for n in values}
+        what: {str(n): bare(make(n), quick, only=only)["ours, in-band"]["over_plain"] for n in values}
         for what, (make, values) in sizes.items()
     }
 
@@ -401,9 +411,22 @@ def memory(name: str) -> dict[str, float]:
     """Return the peaks of a training without measurements, with some, and from where none is checked on."""
     found = {"plain": peak_memory(name, 10**6, 0)}
     found |= {"with_checks": peak_memory(name, 2, 0), "measured": peak_memory(name, 2, AFTER_CHECKS)}
-    return found | {
-        "ratio": found["measured"] / found["plain"],
-        "ratio_with_checks": found["with_checks"] / found["plain"],
+    return with_ratios(found)
+
+
+def memory_of_gpu(task: Task) -> dict[str, float]:
+    """Return the same peaks of what PyTorch holds on the GPU."""
+    found = {}
+    for which, every_n_steps, first in (("plain", 10**6, 0), ("with_checks", 2, 0), ("measured", 2, AFTER_CHECKS)):
+        train(task, 20, every_n_steps, "cuda", callbacks=[PeakFrom(first)])
+        found[which] = torch.cuda.max_memory_allocated() / 2**20
+    return with_ratios(found)
+
+
+def with_ratios(peaks: dict[str, float]) -> dict[str, float]:
+    return peaks | {
+        "ratio": peaks["measured"] / peaks["plain"],
+        "ratio_with_checks": peaks["with_checks"] / peaks["plain"],
     }
 
 
@@ -431,6 +454,8 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "float32 products": torch.get_float32_matmul_precision(),
     }
     for package in ("torch", "lightning", "opacus", "backpack-for-pytorch", "lightning_graddiv"):
         try:
@@ -453,6 +478,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("high")  # tensor cores, where there are some
     if arguments.memory_of:
         print(held_by_training(arguments.memory_of, arguments.every_n_steps, arguments.from_step))
         return
@@ -461,10 +487,10 @@ def main() -> None:
     results: dict[str, Any] = {"versions": versions(), "models": {}}
     for name in (arguments.models or ",".join(tasks)).split(","):
         found = {"training": in_training(tasks[name], arguments.quick, arguments.device)}
-        if is_cpu:
-            found["peak_MiB"] = memory(name)
-        with torch.device(arguments.device):
-            found["engines"] = bare(tasks[name], arguments.quick)
+        found["peak_MiB"] = memory(name) if is_cpu else memory_of_gpu(tasks[name])
+        if not is_cpu:
+            found["training_bf16"] = in_training(tasks[name], arguments.quick, arguments.device, "bf16-mixed")
+        found["engines"] = bare(tasks[name], arguments.quick, arguments.device)
         results["models"][name] = found
         print(f"{name}: measured over plain {found['training']['measured_over_plain']:.2f}", flush=True)
     if is_cpu:

@@ -17,6 +17,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from tests import devices
+
 
 class Audited:
     """Records the weights of each optimizer step and the size of each micro-batch; for either LightningModule."""
@@ -38,7 +40,7 @@ class Audited:
         self.micro_batches.append(len(batch[0]))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.steps.append(self.w.grad.detach().clone())
+        self.steps.append(self.w.grad.detach().cpu().clone())
         self.step_epochs.append(self.current_epoch)
 
     def configure_optimizers(self) -> Any:
@@ -80,7 +82,7 @@ def loader(examples: int, batch_size: int, **kwargs: Any) -> DataLoader[Any]:
 def quiet_trainer(kind: Any = Trainer, **kwargs: Any) -> Any:
     return kind(
         **{
-            "accelerator": "cpu",
+            **devices.accelerator(kwargs),
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": False,
@@ -94,10 +96,10 @@ class ScaledInFull(MixedPrecision):
     """A gradient scaler over steps in float32: a power of two, which costs no digit."""
 
     def __init__(self, scale: float = 2.0**12) -> None:
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+        super().__init__("16-mixed", devices.DEVICE, torch.amp.GradScaler(devices.DEVICE, init_scale=scale))
 
     def autocast_context_manager(self) -> torch.autocast:
-        return torch.autocast("cpu", enabled=False)
+        return torch.autocast(devices.DEVICE, enabled=False)
 
 
 def assert_each_example_once(module: AuditModule, epoch: int) -> None:

@@ -127,7 +127,7 @@ def contributions(
     net: nn.Module, loss: Any, step: Step, *, autocast: Any = None, world: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return each example's contribution to the step's gradient, float64, and its weight, one by one."""
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(net).to(step.batches[0][0].device)
     net.load_state_dict(step.weights)
     parameters = [p for p in net.parameters() if p.requires_grad]
     found, weights = [], []
@@ -140,7 +140,7 @@ def contributions(
             flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
             weights.append(1 / (world * step.divisor * examples))
             found.append(weights[-1] * torch.cat([g.flatten() for g in flat]).double())
-    return torch.stack(found), torch.tensor(weights, dtype=torch.float64)
+    return torch.stack(found).cpu(), torch.tensor(weights, dtype=torch.float64)
 
 
 def rho_of(found: Tensor, weights: Tensor) -> tuple[float, float]:

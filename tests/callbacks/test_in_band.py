@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_graddiv import GradientDiversityMonitor
 from tests.audit import ScaledInFull, warned
+from tests.devices import DEVICE
 from tests.in_band import (
     Collector,
     Convolutional,
@@ -69,14 +70,14 @@ def test_before_clipping(algorithm):
 def test_in_bf16_mixed():
     module = Witness(Wide())
     monitor = trained(module, signals(192), batch_size=32, precision="bf16-mixed", accumulate_grad_batches=2)
-    assert worst_error(monitor.probes, module, autocast=lambda: torch.autocast("cpu", torch.bfloat16)) < 1e-3
+    assert worst_error(monitor.probes, module, autocast=lambda: torch.autocast(DEVICE, torch.bfloat16)) < 1e-3
 
 
 def test_with_a_gradient_scaler():
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12)
     module = Witness(Convolutional())
-    monitor = trained(module, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], accumulate_grad_batches=3)
-    half = {"autocast": lambda: torch.autocast("cpu", torch.float16)}
+    monitor = trained(module, plugins=[MixedPrecision("16-mixed", DEVICE, scaler)], accumulate_grad_batches=3)
+    half = {"autocast": lambda: torch.autocast(DEVICE, torch.float16)}
     assert worst_error(monitor.probes, module, **half) < 1e-3
     own = [float(contributions(module.net, module.loss, step, **half)[0].square().sum()) for step in module.steps]
     found = [probe.sum_sq_norms / 24**2 for probe in monitor.probes]
@@ -90,10 +91,10 @@ def test_the_scalers_factor_itself_costs_no_digit():
 
 
 def test_a_step_that_the_scaler_skips_is_dropped():
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**40)
     module, monitor = Witness(Convolutional()), Collector()
     with warned("not finite"):
-        trained(module, monitor=monitor, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        trained(module, monitor=monitor, plugins=[MixedPrecision("16-mixed", DEVICE, scaler)])
     assert len(monitor.probes) < len(module.steps)
 
 

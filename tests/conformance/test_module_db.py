@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conformance.reference import RELATIVE, Verdict, agrees, curved, judge
+from tests.devices import DEVICE
 
 N = 7
 T = 4
@@ -221,7 +222,7 @@ def builders(info: Any, dtype: torch.dtype) -> list[Callable[[], nn.Module]]:
     """Return how to build a type, once for each set of options that torch tries and that has parameters."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=True)
+    samples = info.module_inputs_func(info, device=DEVICE, dtype=dtype, requires_grad=False, training=True)
     by_options = {}
     for sample in samples:
         given = sample.constructor_input
