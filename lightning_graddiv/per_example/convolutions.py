@@ -54,12 +54,49 @@ class Convolved(Contributions):
 
     @override
     def explicit(self) -> Tensor:
-        """Differentiate each row with the library's own kernel: every row becomes a group of channels."""
+        """Differentiate each row with the library's own kernel: every row becomes a group of channels.
+
+        On a GPU that kernel is called once for each row, or nearly so: there, one product over what it would see.
+        """
+        if self.takes_patches:
+            return self._by_patches()
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
         rows = len(inputs)
         inputs, output_gradients = inputs.flatten(0, 1)[None], output_gradients.flatten(0, 1)[None]
         by_row: Tensor = self._weight_gradient(inputs, output_gradients, rows).unflatten(0, (rows, -1))
         return by_row if rows == len(self) else by_row.reshape(*self.inputs.shape[:2], *self.shape).sum(1)
+
+    @property
+    def takes_patches(self) -> bool:
+        """Whether a product of matrices is faster than the library's kernel."""
+        return self.inputs.is_cuda
+
+    def _by_patches(self) -> Tensor:
+        """Multiply the output's gradients with the patches of the input that they come from."""
+        n, rows, space = len(self), self.inputs.shape[1], self.output_gradients.shape[3:]
+        widths = [width for p in reversed(self.padding) for width in (p, p)]
+        inputs = F.pad(self.inputs.flatten(0, 1), widths).contiguous()
+        strides = inputs.stride()[2:]
+        patches = inputs.as_strided(
+            (*inputs.shape[:2], *self.shape[2:], *space),
+            (
+                *inputs.stride()[:2],
+                *(d * s for d, s in zip(self.dilation, strides, strict=True)),
+                *(d * s for d, s in zip(self.stride, strides, strict=True)),
+            ),
+        )
+        a = patches.reshape(n * rows, self.groups, -1, math.prod(space))  # (n k, groups, in K, L)
+        b = self.output_gradients.reshape(n * rows, self.groups, -1, math.prod(space))
+        by_row = (b @ a.transpose(-1, -2)).reshape(n, rows, *self.shape)
+        return by_row[:, 0] if rows == 1 else by_row.sum(1)
+
+    @property
+    @override
+    def formed_at_once(self) -> int:
+        if not self.takes_patches:
+            return math.prod(self.shape)
+        patches = self.inputs.shape[2] * math.prod(self.shape[2:]) * math.prod(self.output_gradients.shape[3:])
+        return math.prod(self.shape) + self.inputs.shape[1] * patches
 
     @property
     @override
@@ -74,7 +111,7 @@ class Convolved(Contributions):
         pixels = self.inputs.shape[1] * math.prod(self._padded_space)
         size = max(1, chunk_bytes(self.device) // (12 * self.groups * pixels**2))
         parts = [self.at(slice(start, start + size)) for start in range(0, len(self), size)]
-        return torch.cat([part._norms_by_pixels() for part in parts]), self._project(probe)
+        return torch.cat([part._norms_by_pixels() for part in parts]), self._image(probe)
 
     @property
     def takes_pixels(self) -> bool:
@@ -133,15 +170,15 @@ class Convolved(Contributions):
             norms[cancels] = torch.cat(parts)
         return norms
 
-    def _project(self, probe: Probe) -> Tensor:
+    def _image(self, probe: Probe) -> Tensor:
         """The shared right side of the directions is a kernel; what it sees weighs the output's gradients."""
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
         kernels = probe.right.unflatten(1, self.shape[1:]).repeat(self.groups, *[1] * (len(self.shape) - 1))
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
         seen = convolve(inputs, kernels, None, self.stride, self.padding, self.dilation, self.groups)
         b = output_gradients.unflatten(1, (self.groups, -1)).flatten(3)
-        image = (b @ seen.flatten(2).unsqueeze(-1)).sum(0)  # (g, out, 1)
-        return probe.of_image(image.flatten())
+        image: Tensor = (b @ seen.flatten(2).unsqueeze(-1)).sum(0)  # (g, out, 1)
+        return image.flatten()
 
     def _weight_gradient(self, inputs: Tensor, output_gradients: Tensor, rows: int) -> Tensor:
         shape = (rows * self.shape[0], *self.shape[1:])

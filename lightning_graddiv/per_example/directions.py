@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_graddiv.per_example.factors import DIRECTIONS, Probe
+from lightning_graddiv.per_example.norms import sums_of_segments
 
 _SMALL = 2**16
 """Parameters of up to so many numbers are kept until a pass is over and handled together: one by one, the calls would
 take longer than the work."""
+
+_FEW = 8
+"""Products that take no longer one by one."""
 
 _ALREADY_DRAWN = 8
 """Pools of random numbers that are kept, of different sizes."""
@@ -65,6 +69,33 @@ class Directions:
             return torch.zeros(DIRECTIONS, dtype=torch.float64)
         directions = torch.cat([self.probe(index).left for index in gradients], 1)
         return (directions @ flat(gradients.values()).to(directions.dtype)).double().cpu()
+
+    def of_images(self, images: Mapping[int, Tensor], indices: Sequence[int]) -> Tensor:
+        """Return the projections of gradients by what they take the shared right sides to (:meth:`.Probe.image_of`).
+
+        Args:
+            images: of each gradient, shape (o,), by index.
+            indices: of the gradients asked for. Those without an image are zero.
+
+        Returns:
+            Tensor of shape (len(indices), p), float64, on the processor.
+        """
+        found = torch.zeros(len(indices), self._count, dtype=torch.float64)
+        asked = [(place, index) for place, index in enumerate(indices) if index in images]
+        for device in {images[index].device for _, index in asked}:
+            places, here = zip(*((place, i) for place, i in asked if images[i].device == device), strict=True)
+            projections = self._of_images_on_one_device({index: images[index] for index in here}).cpu()
+            if len(here) == len(indices):
+                return projections
+            found[list(places)] = projections
+        return found
+
+    def _of_images_on_one_device(self, images: Mapping[int, Tensor]) -> Tensor:
+        left = [self.probe(index).left for index in images]
+        if len(images) <= _FEW:
+            return torch.stack([of_one @ image for of_one, image in zip(left, images.values(), strict=True)]).double()
+        products = torch.cat(left, 1).T.double() * flat(images.values()).double()[:, None]
+        return sums_of_segments(products, list(images.values()))
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int]]:

@@ -20,8 +20,8 @@ from lightning_graddiv.per_example.norms import sum_of_squares
 _CHUNK_BYTES = 4 * 2**20
 """Explicit contributions that are held at a time: on a processor, what its allocator keeps rather than gives back."""
 
-_ACCELERATOR_CHUNK_BYTES = 64 * 2**20
-
+_ACCELERATOR_CHUNK_BYTES = 256 * 2**20
+"""On an accelerator a pass over memory costs less than the calls that would avoid it."""
 
 DIRECTIONS = 4
 """Numbers by which gradients are compared."""
@@ -46,14 +46,16 @@ class Probe:
 
     def of(self, gradient: Tensor) -> Tensor:
         """Return the projections of a gradient, shape (p,), float64."""
-        matrix = gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
         if len(self.right) == 1:
-            return self.of_image(matrix @ self.right[0])
-        return (self.left @ (matrix @ self.right.T)).diagonal().double()
+            return (self.left @ self.image_of(gradient)).double()
+        return (self.left @ (self._matrix(gradient) @ self.right.T)).diagonal().double()
 
-    def of_image(self, image: Tensor) -> Tensor:
-        """Return the projections of the gradient that takes a shared right side to ``image``, shape (o,)."""
-        return (self.left @ image).double()
+    def image_of(self, gradient: Tensor) -> Tensor:
+        """Return what a gradient takes the shared right side to, shape (o,): all that its projections need."""
+        return self._matrix(gradient) @ self.right[0]
+
+    def _matrix(self, gradient: Tensor) -> Tensor:
+        return gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
 
     def of_each(self, gradients: Tensor) -> Tensor:
         """Return the projections of n gradients, shape (n, p), float64."""
@@ -99,9 +101,9 @@ class Contributions(ABC):
         return True
 
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        """Return the squared norms, shape (n,), and the projections of their sum, shape (p,); float64."""
+        """Return the squared norms, shape (n,), float64, and the sum's image of the probe's right side, shape (o,)."""
         norms, total = self.norms_and_sum()
-        return norms, probe.of(total)
+        return norms, probe.image_of(total)
 
     def norms_and_sum(self) -> tuple[Tensor, Tensor]:
         """Return the squared norms, shape (n,), float64, and the sum of the contributions, which are formed for it."""
@@ -112,7 +114,7 @@ class Contributions(ABC):
             total = explicit.sum(0) if total is None else total + explicit.sum(0)
         if total is None:
             raise ValueError("there are no examples")
-        return torch.cat(norms), total
+        return norms[0] if len(norms) == 1 else torch.cat(norms), total
 
     def sketches(self, probe: Probe) -> Tensor:
         """Return the projections of each contribution, shape (n, p), float64."""
@@ -120,9 +122,17 @@ class Contributions(ABC):
 
     def chunks(self) -> Iterator["Contributions"]:
         """Yield all examples, so many at a time that their explicit contributions fit into little memory."""
-        size = max(1, chunk_bytes(self.device) // (4 * max(1, math.prod(self.shape))))
+        size = max(1, chunk_bytes(self.device) // (4 * max(1, self.formed_at_once)))
+        if size >= len(self) > 0:
+            yield self
+            return
         for start in range(0, len(self), size):
             yield self.at(slice(start, start + size))
+
+    @property
+    def formed_at_once(self) -> int:
+        """How many numbers have to be held to form the contribution of an example."""
+        return math.prod(self.shape)
 
 
 class OutputGradients:
@@ -224,9 +234,16 @@ class Outer(Contributions):
     @property
     @override
     def are_formed(self) -> bool:
-        """Whether n (in, out) products over T positions are cheaper than products between positions."""
+        """Whether n (in, out) products over T positions are cheaper than products between positions.
+
+        On an accelerator they are wherever they fit: two passes over them, and no look at what cancels, for which the
+        processor would have to wait.
+        """
         positions, fan_in, fan_out = *self.inputs.shape[2:], self.output_gradients.shape[-1]
-        return positions > 1 and positions * (fan_in + fan_out) > fan_in * fan_out
+        if positions == 1:
+            return False
+        fits = 4 * len(self) * math.prod(self.shape) <= chunk_bytes(self.device)
+        return positions * (fan_in + fan_out) > fan_in * fan_out or (self.device.type != "cpu" and fits)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
@@ -234,10 +251,10 @@ class Outer(Contributions):
         if self.are_formed:
             return super().measure(probe)
         if positions == 1:
-            return self._of_one_position(), self._project(probe)
+            return self._of_one_position(), self._image(probe)
         size = max(1, chunk_bytes(self.device) // max(1, 8 * groups * positions**2))
         parts = [self] if size >= n else [self.at(slice(start, start + size)) for start in range(0, n, size)]
-        return torch.cat([part._by_gram() for part in parts]), self._project(probe)
+        return torch.cat([part._by_gram() for part in parts]), self._image(probe)
 
     def _of_one_position(self) -> Tensor:
         """|b a'|^2 = |b|^2 |a|^2."""
@@ -249,14 +266,14 @@ class Outer(Contributions):
     def sketches(self, probe: Probe) -> Tensor:
         return self._projected_positions(probe).sum((1, 2), dtype=torch.float64)
 
-    def _project(self, probe: Probe) -> Tensor:
-        """Take the shared right side to its image, ``sum_it b_it <a_it, right>``, and project that."""
+    def _image(self, probe: Probe) -> Tensor:
+        """Return what the sum takes the shared right side to: ``sum_it b_it <a_it, right>``."""
         groups = self.inputs.shape[1]
-        seen = self.inputs.flatten(0, 2) @ probe.right[0]
+        seen: Tensor = self.inputs.flatten(0, 2) @ probe.right[0]
         if groups == 1:
-            return probe.of_image(self.output_gradients.flatten(0, 2).T @ seen)
+            return self.output_gradients.flatten(0, 2).T @ seen
         by_group = zip(seen.view(self.inputs.shape[:3]).unbind(1), self.output_gradients.unbind(1), strict=True)
-        return probe.of_image(torch.cat([b.flatten(0, 1).T @ of_group.flatten() for of_group, b in by_group]))
+        return torch.cat([b.flatten(0, 1).T @ of_group.flatten() for of_group, b in by_group])
 
     def _projected_positions(self, probe: Probe) -> Tensor:
         """Return the projections of b_t a_t', shape (n, g, T, p)."""
@@ -329,7 +346,8 @@ class Lookup(Contributions):
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Add up the rows of equal tokens within an example before taking norms."""
-        projections = self.sketches(probe).sum(0)
+        seen = self.output_gradients.flatten(0, 1) @ probe.right[0]
+        image = seen.new_zeros(self.shape[0]).index_add_(0, self.index.flatten(), seen)
         examples = torch.arange(len(self), device=self.index.device)[:, None]
         keys, inverse = torch.unique(examples * self.shape[0] + self.index, return_inverse=True)
         b = self.output_gradients
@@ -337,7 +355,7 @@ class Lookup(Contributions):
         norms = b.new_zeros(len(self), dtype=torch.float64)
         if len(keys) > 0:
             norms.index_add_(0, keys // self.shape[0], sum_of_squares([rows], per_row=True))
-        return norms, projections
+        return norms, image
 
 
 @dataclass(frozen=True)
@@ -393,8 +411,8 @@ class Total(Contributions):
         if pair is None:
             return super().measure(probe)
         outer, lookup = pair
-        (u, of_u), (v, of_v) = outer.measure(probe), lookup.measure(probe)
-        return (u + v + 2 * _inner(outer, lookup)).clamp_(min=0), of_u + of_v
+        (u, image_of_u), (v, image_of_v) = outer.measure(probe), lookup.measure(probe)
+        return (u + v + 2 * _inner(outer, lookup)).clamp_(min=0), image_of_u + image_of_v
 
 
 def added(uses: Sequence[Contributions]) -> Contributions:

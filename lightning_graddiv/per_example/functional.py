@@ -16,7 +16,7 @@ from lightning_graddiv.per_example.batches import has_row_per_example, replace_l
 from lightning_graddiv.per_example.copier import OutsideTensor
 from lightning_graddiv.per_example.fingerprint import graph_nodes
 from lightning_graddiv.per_example.losses import StepLoss, Watch
-from lightning_graddiv.per_example.norms import real_view, sum_dtype, sum_of_squares
+from lightning_graddiv.per_example.norms import on_processor, real_view, sum_dtype, sum_of_squares
 
 _CHUNK_BYTES = 32 * 2**20
 """Per-example gradients that are held at a time: what a processor's cache can serve. At least one example."""
@@ -26,7 +26,12 @@ _ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class PerExampleGradients:
-    """What is kept of n per-example gradients: their squared norms, shape (n,), float64, and their sum, shape (d,)."""
+    """What is kept of n per-example gradients.
+
+    Attributes:
+        sq_norms: their squared norms, shape (n,), float64, on the processor.
+        gradient_sum: their sum, shape (d,), where the parameters are.
+    """
 
     sq_norms: Tensor
     gradient_sum: Tensor
@@ -57,7 +62,7 @@ def loop_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGradient
             if running is None:  # two parameters may be given one and the same tensor: never added to in place
                 running = [torch.zeros_like(gradient, dtype=sum_dtype(gradient)) for gradient in gradients]
             running = [a.add_(b) for a, b in zip(running, gradients, strict=True)]
-    return PerExampleGradients(torch.stack(norms), _flatten(running or []))
+    return PerExampleGradients(on_processor(norms), _flatten(running or []))
 
 
 @contextmanager
@@ -154,7 +159,7 @@ def functional_gradients(loss: StepLoss, batch: Any, total: int) -> PerExampleGr
             raise FunctionalEngineError("the loss or its gradient is not finite under torch.func.vmap")
         sums = [gradient.sum(0, dtype=sum_dtype(gradient)) for gradient in gradients]
         running = sums if running is None else [a.add_(b) for a, b in zip(running, sums, strict=True)]
-    return PerExampleGradients(torch.cat(norms), _flatten(running or []))
+    return PerExampleGradients(torch.cat(norms).cpu(), _flatten(running or []))
 
 
 class _ExampleRows:

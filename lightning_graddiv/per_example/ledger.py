@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.directions import Directions, flat
-from lightning_graddiv.per_example.factors import DIRECTIONS, Contributions, Explicit
+from lightning_graddiv.per_example.factors import Contributions, Explicit
 from lightning_graddiv.per_example.norms import on_processor, sums_of_segments
 from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.records import Recorded
@@ -19,6 +19,8 @@ of the norm of all parameters."""
 
 _FEW_NUMBERS = 2**14
 """Contributions to a vector of no more numbers wait for the others; more would hold memory for nothing."""
+
+_ACCELERATOR_FEW_NUMBERS = 2**20
 
 
 class Ledger:
@@ -58,7 +60,7 @@ class Ledger:
         self._sq_norms: dict[int, Tensor] = {}
         self._waiting: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}
-        self._projections: dict[int, Tensor] = {}
+        self._images: dict[int, Tensor] = {}
         self._received = Received(
             self._parameters, self._directions, keeps_norms=self._keeps_norms, keeps_local=self._keeps_local
         )
@@ -78,7 +80,7 @@ class Ledger:
             else:
                 self._sq_norms[index], self._sums[index] = contributions.norms_and_sum()
         else:
-            self._sq_norms[index], self._projections[index] = contributions.measure(self._directions.probe(index))
+            self._sq_norms[index], self._images[index] = contributions.measure(self._directions.probe(index))
 
     def _is_compared_by_entries(self, index: int, contributions: Contributions) -> bool:
         """Tell whether the sum is there for nothing, and so will the gradient be: this is known before it comes by."""
@@ -148,12 +150,8 @@ class Ledger:
         errors = dict(zip(by_entries, self._distances(by_entries).tolist(), strict=True)) if by_entries else {}
         others = [index for index in indices if index not in errors]
         if others:
-            sides = [(self._projected(index), self._received.of(index)) for index in others]
-            found, wanted = (
-                [_ZEROS if side is None else side for side in of_all] for of_all in zip(*sides, strict=True)
-            )
-            worst = (on_processor(found) - on_processor(wanted)).abs().amax(1)
-            errors |= dict(zip(others, worst.tolist(), strict=True))
+            found, wanted = self._projected(others), self._received.of_each(others)
+            errors |= dict(zip(others, (found - wanted).abs().amax(1).tolist(), strict=True))
         return errors
 
     def _distances(self, indices: Sequence[int]) -> Tensor:
@@ -163,16 +161,15 @@ class Ledger:
         difference = flat([self._sums[index] for index in indices]).double() - flat(kept).double()
         return sums_of_segments(difference.square_(), kept).sqrt().cpu()
 
-    def _projected(self, index: int) -> Tensor | None:
-        if index in self._sums:
-            return self._directions.probe(index).of(self._sums[index])
-        return self._projections.get(index)
+    def _projected(self, indices: Sequence[int]) -> Tensor:
+        """Return the projections of what the examples contribute to each, shape (len(indices), p); of nothing, zero."""
+        summed = {i: self._directions.probe(i).image_of(self._sums[i]) for i in indices if i in self._sums}
+        return self._directions.of_images(self._images | summed, indices)
 
 
 def _is_few(contributions: Contributions) -> bool:
     """Tell whether contributions are so few that a call of their own would take longer than the work."""
-    is_explicit = isinstance(contributions, Explicit) and contributions.output_gradients is None
-    return is_explicit and contributions.explicit().numel() <= _FEW_NUMBERS
-
-
-_ZEROS = torch.zeros(DIRECTIONS, dtype=torch.float64)
+    if not isinstance(contributions, Explicit) or contributions.output_gradients is not None:
+        return False
+    few = _FEW_NUMBERS if contributions.device.type == "cpu" else _ACCELERATOR_FEW_NUMBERS
+    return contributions.values.numel() <= few

@@ -97,7 +97,7 @@ class ExampleRows:
             norms.append(sum_of_squares(rows, per_row=True))
             sums = [real_view(row.sum(0, dtype=sum_dtype(row))).flatten() for row in rows]
             running = sums if running is None else [a + b for a, b in zip(running, sums, strict=True)]
-        return PerExampleGradients(torch.cat(norms), torch.cat(running or []))
+        return PerExampleGradients(torch.cat(norms).cpu(), torch.cat(running or []))
 
 
 def _chunk_size(parameters: Sequence[Tensor]) -> int:

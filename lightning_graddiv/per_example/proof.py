@@ -190,8 +190,12 @@ def _is_expected(factor: float, reduction: Reduction, share: float, allowed: flo
 
 
 def _rounding(module: nn.Module) -> tuple[float, float]:
-    """Return how far two ways to the same gradient may differ: as a share of it, and of that of all parameters."""
-    return {1e-7: (1e-7, 1e-12), 1e-3: (1e-4, 1e-6)}.get(tolerance(module), (5e-2, 1e-5))
+    """Return how far two ways to the same gradient may differ: as a share of it, and of that of all parameters.
+
+    A GPU's convolutions are further apart: for each size of batch the library chooses another way to compute them.
+    """
+    of_single = (1e-3, 1e-5) if any(parameter.is_cuda for parameter in module.parameters()) else (1e-4, 1e-6)
+    return {1e-7: (1e-7, 1e-12), 1e-3: of_single}.get(tolerance(module), (5e-2, 1e-5))
 
 
 @dataclass(frozen=True)

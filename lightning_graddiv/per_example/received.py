@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from lightning_graddiv.per_example.directions import Directions, flat
-from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.norms import on_processor, sq_norm_of_each, sum_of_squares
 
 
 class Received:
     """The gradients of one backward pass, by the parameter's index.
 
-    Small ones are kept whole; of a large one its projections remain, since keeping it would double its memory.
+    Small ones are kept whole; of a large one remains what its projections need, since keeping it would double its
+    memory.
 
     Args:
         parameters: all parameters.
@@ -35,14 +35,15 @@ class Received:
         self._keeps_local = keeps_local
         self.came_in_parts = False
         self._kept: dict[int, Tensor] = {}
-        self._projected: dict[int, Tensor] = {}
+        self._images: dict[int, Tensor] = {}
+        self._complex: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._marks: dict[int, tuple[int, int]] = {}
         self._local: dict[int, Tensor] = {}
         self._local_kept: dict[int, Tensor] = {}
 
     def __contains__(self, index: int) -> bool:
-        return index in self._projected or index in self._kept
+        return index in self._images or index in self._kept or index in self._complex
 
     def add(self, index: int, gradient: Tensor, *, keep: bool) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has.
@@ -55,37 +56,37 @@ class Received:
         dense, before = gradient.to_dense() if gradient.is_sparse else gradient, self._parameters[index].grad
         so_far = dense if before is None or not self._keeps_local else dense + before.detach()
         self.came_in_parts |= index in self
-        if keep and index not in self._projected:
+        if keep and index not in self._images:
             # The tensor itself, not an alias: autograd adds in place to gradients that nobody else holds.
             self._kept[index] = dense if index not in self._kept else self._kept[index] + dense
             self._local_kept[index] = so_far
             return
         dense = self._kept.pop(index) + dense if index in self._kept else dense
-        projected = self._directions.probe(index).of(dense)
-        sq_norm = sum_of_squares([dense]) if self._keeps_norms else projected.square().mean()  # which is about that
-        if index in self._projected:
-            projected, sq_norm = projected + self._projected[index], sq_norm + self._norms[index]
-        self._projected[index], self._norms[index] = projected, sq_norm
+        image = self._directions.probe(index).image_of(dense)
+        self._images[index] = image + self._images[index] if index in self._images else image
         if self._keeps_norms:
+            sq_norm = sum_of_squares([dense])
+            self._norms[index] = sq_norm + self._norms[index] if index in self._norms else sq_norm
             self._marks[index] = _mark(gradient)
         if self._keeps_local:
             self._local[index] = sum_of_squares([so_far])
 
     def add_complex(self, index: int, gradient: Tensor) -> None:
         """Enter a complex gradient, which has a norm and no projections."""
-        self._projected[index] = torch.zeros(DIRECTIONS, dtype=torch.float64, device=gradient.device)
-        self._norms[index] = sum_of_squares([gradient])
+        self._complex[index] = sum_of_squares([gradient])
 
     @property
     def indices(self) -> list[int]:
         """Of the parameters that received one."""
-        return [*self._kept, *self._projected]
+        return [*self._kept, *self._images, *self._complex]
 
     @cached_property
     def sq_norms(self) -> dict[int, float]:
         """Each gradient's squared norm; to be asked for when all have been entered."""
-        norms = sq_norm_of_each(self._kept.values()).tolist() + on_processor(list(self._norms.values())).tolist()
-        return dict(zip(self.indices, norms, strict=True))
+        # A projection's square is about that of the norm.
+        large = on_processor(list(self._norms.values())) if self._keeps_norms else self._projected.square().mean(1)
+        norms = [sq_norm_of_each(self._kept.values()), large, on_processor(list(self._complex.values()))]
+        return dict(zip(self.indices, torch.cat(norms).tolist(), strict=True))
 
     def local_sq_norms(self) -> dict[int, float]:
         """Return the squared norm of each gradient so far, with what the parameter had before."""
@@ -96,17 +97,19 @@ class Received:
         """Return a gradient that was kept."""
         return self._kept.get(index)
 
-    def of(self, index: int) -> Tensor | None:
-        """Return the projections of one gradient, shape (p,), float64; None where there is none."""
-        if index in self._kept:
-            return self._directions.probe(index).of(self._kept[index])
-        return self._projected.get(index)
+    def of_each(self, indices: Sequence[int]) -> Tensor:
+        """Return the projections of gradients, shape (len(indices), p), float64; zero where there is none."""
+        kept = {i: self._directions.probe(i).image_of(self._kept[i]) for i in indices if i in self._kept}
+        return self._directions.of_images(self._images | kept, indices)
 
     def projections(self) -> Tensor:
         """Return the projections of all gradients together, shape (p,), float64, on the processor."""
-        of_large = list(self._projected.values())
-        total = on_processor(of_large).sum(0) if of_large else torch.zeros(DIRECTIONS, dtype=torch.float64)
-        return total + self._directions.of(self._kept)
+        return self._projected.sum(0) + self._directions.of(self._kept)
+
+    @cached_property
+    def _projected(self) -> Tensor:
+        """Of each large gradient, shape (large ones, p), float64, on the processor; when all have been entered."""
+        return self._directions.of_images(self._images, list(self._images))
 
     def is_still(self, gradients: Sequence[Tensor | None]) -> bool:
         """Tell whether the parameters' gradients are these, and nothing was done to them since.
@@ -116,8 +119,8 @@ class Received:
         measured.
         """
         found = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
-        is_known = found.keys() == set(self.indices) and self._marks.keys() == self._projected.keys()
-        if not is_known or any(gradient.is_sparse for gradient in found.values()):
+        is_known = found.keys() == set(self.indices) and self._marks.keys() == self._images.keys()
+        if not is_known or self._complex or any(gradient.is_sparse for gradient in found.values()):
             return False
         if any(_mark(found[index]) != mark for index, mark in self._marks.items()):
             return False

@@ -164,7 +164,7 @@ def per_example_squared_norms(
             ``"loop"`` (plain autograd, the reference), or ``"auto"``: for each parameter the first that can measure it.
 
     Returns:
-        Tensor of shape (n,), float64.
+        Tensor of shape (n,), float64, on the processor.
 
     Raises:
         MeasurementError: the batch cannot be split into examples, a loss is not finite, or the engine asked for cannot

@@ -41,9 +41,9 @@ def assert_same(found, expected):
         assert found[name].shape == gradients.shape[1:]
         assert len(found[name]) == len(gradients)
         torch.testing.assert_close(found[name].explicit(), gradients, rtol=1e-10, atol=1e-10)
-        norms, projections = found[name].measure(probe)
+        norms, image = found[name].measure(probe)
         torch.testing.assert_close(norms, gradients.reshape(len(gradients), -1).square().sum(1), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(projections, probe.of(gradients.sum(0)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(image, probe.image_of(gradients.sum(0)), rtol=1e-10, atol=1e-10)
 
 
 def assert_rule_holds(layer, inputs):

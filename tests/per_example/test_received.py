@@ -24,7 +24,7 @@ def test_norms_and_projections_are_those_of_the_gradients(keep):
     found, parameters, gradients = after_a_backward_pass(keep=keep)
     for index, gradient in enumerate(gradients):
         assert found.sq_norms[index] == pytest.approx(float(gradient.square().sum()), rel=1e-12)
-        torch.testing.assert_close(found.of(index), Directions(parameters, 0).probe(index).of(gradient))
+        torch.testing.assert_close(found.of_each([index])[0], Directions(parameters, 0).probe(index).of(gradient))
     expected = Directions(parameters, 0).of(dict(enumerate(gradients)))
     torch.testing.assert_close(found.projections(), expected, rtol=1e-10, atol=1e-10)
 
