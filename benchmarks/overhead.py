@@ -11,6 +11,7 @@ each kind of device); benchmarks/performance.py makes the tables of docs/perform
 
 import argparse
 import ctypes
+import gc
 import json
 import logging
 import platform
@@ -418,6 +419,7 @@ def memory_of_gpu(task: Task) -> dict[str, float]:
     """Return the same peaks of what PyTorch holds on the GPU."""
     found = {}
     for which, every_n_steps, first in (("plain", 10**6, 0), ("with_checks", 2, 0), ("measured", 2, AFTER_CHECKS)):
+        gc.collect()
         train(task, 20, every_n_steps, "cuda", callbacks=[PeakFrom(first)])
         found[which] = torch.cuda.max_memory_allocated() / 2**20
     return with_ratios(found)
@@ -492,11 +494,16 @@ def main() -> None:
             found["training_bf16"] = in_training(tasks[name], arguments.quick, arguments.device, "bf16-mixed")
         found["engines"] = bare(tasks[name], arguments.quick, arguments.device)
         results["models"][name] = found
+        write(results, arguments.out, is_cpu)
         print(f"{name}: measured over plain {found['training']['measured_over_plain']:.2f}", flush=True)
     if is_cpu:
         results["growth"] = growth_of_cost(arguments.quick)
+        write(results, arguments.out, is_cpu)
+
+
+def write(results: dict[str, Any], folder: Path, is_cpu: bool) -> None:
     name = "overhead.json" if is_cpu else "overhead_cuda.json"
-    (arguments.out / name).write_text(json.dumps(results, indent=1) + "\n")
+    (folder / name).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class RandomStates:
         version, words, gauss = self.python
         algorithm, keys, *rest = self.numpy
         return {
-            "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+            "python": {"version": version, "words": torch.tensor(words, device="cpu"), "gauss": gauss},
             "numpy": {"algorithm": algorithm, "keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest},
             "processor": self.processor,
             "cuda": self.cuda,

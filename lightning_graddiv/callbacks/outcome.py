@@ -94,7 +94,7 @@ def _seen(
     step: GhostStep, parameters: Sequence[nn.Parameter], error: Exception | None
 ) -> tuple[list[float], Tensor | None, Exception | None]:
     """Return this process's numbers, the projections of the applied gradient where it is whole, and what went wrong."""
-    norms, applied, projections = [0.0], None, torch.zeros(DIRECTIONS, dtype=torch.float64)
+    norms, applied, projections = [0.0], None, torch.zeros(DIRECTIONS, dtype=torch.float64, device="cpu")
     try:
         untouched = step.untouched_sq_norms()
         norms = applied_sq_norms(parameters) if untouched is None else untouched
@@ -137,7 +137,7 @@ def _is_what_was_seen(applied: Tensor | None, local: Sequence[float], scale: flo
     """
     is_same = True
     if applied is not None:
-        expected = torch.tensor(local, dtype=torch.float64) / world_size()
+        expected = torch.tensor(local, dtype=torch.float64, device="cpu") / world_size()
         is_same = float((applied - expected).abs().max()) <= _SAME_GRADIENT * scale**0.5
     return smallest_over_ranks([float(is_same)], device)[0] > 0
 
@@ -167,7 +167,7 @@ def groups_applied(
         device: of collectives.
         whole: whether the step's whole batch is one group, because its processes are coupled.
     """
-    mean, sq_norm, applied = torch.zeros(1), 0.0, None
+    mean, sq_norm, applied = torch.zeros(1, device="cpu"), 0.0, None
     try:
         scale = step.divisor / max(1, len(step.groups))  # a last window may hold fewer micro-batches than the divisor
         dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -217,7 +217,7 @@ def applied_sq_norms(parameters: Sequence[nn.Parameter]) -> list[float]:
 def _part(gradient: Any) -> tuple[Tensor, int]:
     """Return what a process holds of a gradient, and how many processes hold the same."""
     if gradient is None:
-        return torch.zeros(1), 1
+        return torch.zeros(1, device="cpu"), 1
     if is_sharded(gradient):
         replicas = 1
         for dimension, placement in enumerate(gradient.placements):
@@ -236,7 +236,7 @@ def _moments_of(contributions: ContributionSums, coverage: float) -> Outcome:
 
 
 def _changed(sum_sq_norms: float, sq_norm_of_sum: float) -> MeasurementError:
-    if not torch.isfinite(torch.tensor([sum_sq_norms, sq_norm_of_sum])).all():
+    if not torch.isfinite(torch.tensor([sum_sq_norms, sq_norm_of_sum], device="cpu")).all():
         return MeasurementError("The step's gradients are not finite.")
     return MeasurementError(
         "The gradient that the optimizer is about to apply is not the mean of what the processes' backward passes "

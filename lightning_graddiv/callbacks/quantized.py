@@ -49,7 +49,7 @@ def quantized_mean(gradients: Sequence[Tensor], *counters: int) -> QuantizedMean
     mean = torch.zeros(sum(len(g) for g in flat), dtype=dtype, device=device)
     variance = 0.0
     for (length, total, _), signed in messages:
-        if not torch.isfinite(torch.tensor(length)):
+        if not torch.isfinite(torch.tensor(length, device="cpu")):
             mean.fill_(float("nan"))
             continue
         mean[signed.abs() - 1] += signed.sign().to(dtype) * (length / len(messages))  # no position comes twice
@@ -94,5 +94,5 @@ def _gathered(numbers: Tensor, positions: Tensor) -> list[tuple[list[float], Ten
 
 
 def _shaped(part: Tensor, like: Tensor) -> Tensor:
-    entries = part.to(torch.empty(0, dtype=like.dtype).real.dtype if like.is_complex() else like.dtype)
+    entries = part.to(torch.empty(0, dtype=like.dtype, device="cpu").real.dtype if like.is_complex() else like.dtype)
     return torch.view_as_complex(entries.view(*like.shape, 2)) if like.is_complex() else entries.view(like.shape)

@@ -78,5 +78,5 @@ def report(trainer: Any, metrics: Mapping[str, float], *, prefix: str, step: int
     for logger in trainer.loggers:
         logger.log_metrics(named, step=step)
     # Not by `log`: each call of that looks at all that was logged before, and takes as long as measuring a small net.
-    trainer.callback_metrics.update(zip(named, torch.tensor(list(named.values())).unbind(), strict=True))
+    trainer.callback_metrics.update(zip(named, torch.tensor(list(named.values()), device="cpu").unbind(), strict=True))
     trainer.progress_bar_metrics[f"{prefix}/{_SHOWN}"] = metrics[_SHOWN]

@@ -66,7 +66,7 @@ class Directions:
     def of_vectors(self, gradients: Mapping[int, Tensor]) -> Tensor:
         """Return the same for some of :attr:`vectors`, in one product."""
         if not gradients:
-            return torch.zeros(DIRECTIONS, dtype=torch.float64)
+            return torch.zeros(DIRECTIONS, dtype=torch.float64, device="cpu")
         directions = torch.cat([self.probe(index).left for index in gradients], 1)
         return (directions @ flat(gradients.values()).to(directions.dtype)).double().cpu()
 
@@ -80,7 +80,7 @@ class Directions:
         Returns:
             Tensor of shape (len(indices), p), float64, on the processor.
         """
-        found = torch.zeros(len(indices), self._count, dtype=torch.float64)
+        found = torch.zeros(len(indices), self._count, dtype=torch.float64, device="cpu")
         asked = [(place, index) for place, index in enumerate(indices) if index in images]
         for device in {images[index].device for _, index in asked}:
             places, here = zip(*((place, i) for place, i in asked if images[i].device == device), strict=True)

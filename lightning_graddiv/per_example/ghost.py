@@ -25,6 +25,7 @@ from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
 from lightning_graddiv.per_example.modes import own_work
+from lightning_graddiv.per_example.precision import rounds_products
 from lightning_graddiv.per_example.records import Recorded, Use
 
 Layouts = Mapping[tuple[int, int], Layout]
@@ -264,7 +265,7 @@ class GhostRecorder:
         for gradient in use.output_gradients:
             if gradient is not None:
                 bits = torch.finfo(gradient.dtype).bits
-                rounds = bits == 32 and gradient.is_cuda and allows_tf32()
+                rounds = bits == 32 and rounds_products(gradient.device)
                 self._ledger.note_precision(16 if rounds else bits)
 
     def _layout(self, index: int, ordinal: int, leading: tuple[int, ...]) -> Layout | None:
@@ -297,11 +298,6 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, tuple):
         return [tensor for part in output for tensor in _tensors(part)]
     return [output] if isinstance(output, Tensor) else []
-
-
-def allows_tf32() -> bool:
-    """Tell whether products of float32 numbers may be rounded to ten bits on tensor cores."""
-    return torch.get_float32_matmul_precision() != "highest" or bool(torch.backends.cudnn.allow_tf32)
 
 
 def is_sharded(tensor: Tensor | None) -> bool:

@@ -51,7 +51,7 @@ class InBandStep(ABC):
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], recorder: GhostRecorder) -> None:
-        self._projections = torch.zeros(DIRECTIONS, dtype=torch.float64)
+        self._projections = torch.zeros(DIRECTIONS, dtype=torch.float64, device="cpu")
         self._parameters = list(parameters)
         self._recorder = recorder
         self._is_expecting = False

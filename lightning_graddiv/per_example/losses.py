@@ -4,6 +4,7 @@ import copy
 import inspect
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.batches import own_copy
+from lightning_graddiv.per_example.bounds import indices_checked
 from lightning_graddiv.per_example.ghost import recorders_paused
 from lightning_graddiv.per_example.guard import parameters_guarded
 from lightning_graddiv.per_example.manual import loss_of_manual_step
@@ -144,12 +146,13 @@ class StepLoss:
 
 
 @contextmanager
-def measuring(module: nn.Module, seed: int | None = None) -> Iterator[None]:
+def measuring(module: nn.Module, seed: int | None = None, *, checks_indices: bool = True) -> Iterator[None]:
     """Keep a measurement from touching training: random states are put back, autocast is off, loggers are silent.
 
     Args:
         module: the module that is measured.
         seed: of the measurement's own noise. None: as if it were training's.
+        checks_indices: whether to look out for what a GPU does not survive, see :func:`.indices_checked`.
 
     Raises:
         MeasurementError: the step wrote to a parameter.
@@ -161,6 +164,9 @@ def measuring(module: nn.Module, seed: int | None = None) -> Iterator[None]:
         stack.enter_context(parameters_guarded(module))
         stack.enter_context(recorders_paused())
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_quiet_on_copies())
+        if checks_indices:
+            stack.enter_context(indices_checked(module))
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         if "torch._dynamo" in sys.modules:
@@ -169,6 +175,15 @@ def measuring(module: nn.Module, seed: int | None = None) -> Iterator[None]:
             loggers = trainer.loggers
             trainer.loggers = [DummyLogger() for _ in loggers]
             stack.callback(setattr, trainer, "loggers", loggers)
+        yield
+
+
+@contextmanager
+def _quiet_on_copies() -> Iterator[None]:
+    """Leave out what torch warns of because a step runs on a GPU with copies of its parameters, or beside DDP."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         yield
 
 

@@ -87,7 +87,7 @@ def group_moments(
     groups = min(wanted, total // 2)
     if groups < 2:
         raise MeasurementError(f"A batch of {total} examples does not make two groups of two.", lasting=True)
-    sums, mean = GroupSums(), torch.zeros(())
+    sums, mean = GroupSums(), torch.zeros((), device="cpu")
     with measuring(loss.module, seed):
         for group in range(groups):
             examples = range(group * total // groups, (group + 1) * total // groups)

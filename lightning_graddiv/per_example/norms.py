@@ -52,7 +52,7 @@ def sums_of_segments(values: Tensor, segments: Sequence[Tensor]) -> Tensor:
 def on_processor(numbers: Sequence[Tensor]) -> Tensor:
     """Stack small tensors of float64 on the processor: one transfer where they lie on one device."""
     if not numbers:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     is_together = len({number.device for number in numbers}) == 1
     return torch.stack([number if is_together else number.cpu() for number in numbers]).cpu()
 

@@ -114,7 +114,7 @@ class Recorded:
     def total(self, parameters: Sequence[int]) -> Tensor:
         """Return the squared norms over these parameters, shape (n,)."""
         found = [self.sq_norms[index] for index in parameters if index in self.sq_norms]
-        return torch.stack(found).sum(0) if found else torch.zeros(self.examples, dtype=torch.float64)
+        return torch.stack(found).sum(0) if found else torch.zeros(self.examples, dtype=torch.float64, device="cpu")
 
 
 def _versions(*values: Tensor | None) -> tuple[int, ...]:

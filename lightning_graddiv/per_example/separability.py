@@ -21,10 +21,14 @@ from lightning_graddiv.per_example.guard import WriteGuard, parameters_guarded
 from lightning_graddiv.per_example.layers import mixes_examples
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.noise import Noise, noise_off
+from lightning_graddiv.per_example.precision import full_precision
 from lightning_graddiv.per_example.sketches import Sketch, Sketcher
 
 _EXAMPLES = 4
 """Of a batch, alone and together."""
+
+_TRIALS = 2
+"""On a GPU, of which the second finds no mixing where the first found some by accident: see :func:`tolerance`."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,24 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
     Raises:
         MeasurementError: the loss mixes examples, or fails on a part of the batch.
     """
-    examples = random.Random(seed).sample(range(total), min(_EXAMPLES, total))
+    chance = random.Random(seed)
+    for _ in range(_TRIALS - 1 if is_on_gpu(loss.module) else 0):
+        try:
+            return _compared(loss, batch, total, chance, seed, high)
+        except MixingError:  # those examples may have been next to a kink; a loss that mixes will do so again
+            continue
+    return _compared(loss, batch, total, chance, seed, high)
+
+
+def _compared(loss: StepLoss, batch: Any, total: int, chance: random.Random, seed: int, high: bool) -> Sample:
+    examples = chance.sample(range(total), min(_EXAMPLES, total))
     together = select(batch, examples, total)
     sketcher = Sketcher(loss.parameters, seed)
     with splitting(loss), held_still(loss.module, high=high) as noise:
         joint = sketcher.differentiated(loss, together)
         alone = Sketch.stack([sketcher.differentiated(loss, select(batch, [example], total)) for example in examples])
     if loss.is_partial and not bool(alone.sq_norms.any()) and not bool(joint.sq_norms.any()):
-        weights, is_weighted = torch.full((len(examples),), 1 / len(examples), dtype=torch.float64), False
+        weights, is_weighted = joint.sq_norms.new_full((len(examples),), 1 / len(examples)), False
     else:
         weights, is_weighted = _weights(joint, alone, tolerance(loss.module))
     return Sample(examples, together, sketcher, alone, weights, is_weighted, noise.drawn)
@@ -175,18 +189,6 @@ def held_still(module: nn.Module, *, high: bool = False) -> Iterator[Noise]:
         yield noise
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32, or the tensor cores' rounding would look like mixing."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 def _vector(loss: StepLoss, batch: Any) -> Tensor:
     gradients = differentiate(loss, batch)
     vector = torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in gradients])
@@ -252,9 +254,19 @@ def _weighted(weights: Tensor) -> str:
 
 
 def tolerance(module: nn.Module) -> float:
-    """Rounding allows this share; mixing and weighting change the gradient by far more."""
+    """Rounding allows this share; mixing and weighting change the gradient by far more.
+
+    A GPU's library computes a batch in another way for each of its sizes. What rounding differs by is as little as
+    anywhere, but it turns a rectifier on or off that is next to zero: of ResNet-18's gradients, one in some twenty
+    then changes by a thousandth and more of its norm.
+    """
     bits = [torch.finfo(p.dtype).bits for p in module.parameters() if p.is_floating_point() or p.is_complex()]
-    return {64: 1e-7, 32: 1e-3}.get(min(bits), 5e-2)
+    return {64: 1e-7, 32: 1e-2 if is_on_gpu(module) else 1e-3}.get(min(bits), 5e-2)
+
+
+def is_on_gpu(module: nn.Module) -> bool:
+    """Tell whether a module has parameters on a GPU."""
+    return any(parameter.is_cuda for parameter in module.parameters())
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -75,7 +75,7 @@ def is_lightning_module(module: nn.Module) -> bool:
 def _isolate_metric(metric: Metric, *, unknown: bool) -> None:
     metric.__dict__.update(sync_on_compute=False, _to_sync=False, dist_sync_on_step=False)
     if unknown:
-        not_a_number = torch.tensor(float("nan"))
+        not_a_number = torch.tensor(float("nan"), device="cpu")
         metric.__dict__.update(
             update=_do_nothing,
             reset=_do_nothing,

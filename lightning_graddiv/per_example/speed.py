@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 from torch import Tensor
 
 from lightning_graddiv.per_example.batches import own_copy, select
+from lightning_graddiv.per_example.bounds import indices_checked
 from lightning_graddiv.per_example.losses import StepLoss, measuring
 from lightning_graddiv.per_example.select import with_frozen_copied
 
@@ -41,7 +42,7 @@ def seconds_of_a_step(
         context: to run in, for mixed precision.
     """
     try:
-        with measuring(loss.module), context():
+        with measuring(loss.module, checks_indices=False), context():
             return with_frozen_copied(loss, lambda: _median_seconds(loss, batch, total, examples, repeats))
     except RuntimeError as error:
         if not is_oom_error(error):
@@ -60,7 +61,8 @@ def _median_seconds(loss: StepLoss, batch: Any, total: int, examples: int, repea
     run = loss.rehearsal()
     if examples != total:
         batch = select(batch, [i % total for i in range(examples)], total)
-    _seconds(run, batch, loss)
+    with indices_checked(loss.module):
+        _seconds(run, batch, loss)
     return statistics.median(_seconds(run, batch, loss) for _ in range(repeats))
 
 

@@ -49,10 +49,11 @@ def glm_batch_size_bound(features: Tensor) -> float:
     """
     is_matrix = features.ndim == 2 and len(features) > 0 and features.shape[1] > 0
     check(is_matrix, "features", "of shape (n, d)", tuple(features.shape))
+    features = features.detach().cpu()
     if features.layout != torch.strided:
         features = features.to_sparse_coo().coalesce()
         values = features.values().double()
-        sq_norms = torch.zeros(len(features), dtype=torch.float64).index_add_(0, features.indices()[0], values.square())
+        sq_norms = values.new_zeros(len(features)).index_add_(0, features.indices()[0], values.square())
     else:
         sq_norms = torch.cat([rows.double().square().sum(1) for rows in features.split(_ROWS_AT_A_TIME)])
     check(bool(sq_norms.isfinite().all()), "features", "finite", "infinities or NaN")
@@ -125,7 +126,7 @@ def sparse_batch_size_bound(supports: Tensor | Sequence[Iterable[int]]) -> float
     check(incidence.shape[0] >= 1, "supports", "of at least one example", incidence.shape[0])
     n, d = incidence.shape
     degree = 0
-    for examples in torch.arange(n).split(max(1, min(_ROWS_AT_A_TIME, _ENTRIES_AT_A_TIME // max(n, d)))):
+    for examples in torch.arange(n, device="cpu").split(max(1, min(_ROWS_AT_A_TIME, _ENTRIES_AT_A_TIME // max(n, d)))):
         rows = incidence.index_select(0, examples).to_dense()
         conflicts = torch.sparse.mm(incidence, rows.T) > 0  # (n, rows): sums of ones, never rounded to 0
         with_itself = (rows.sum(1) > 0).long()
@@ -137,7 +138,7 @@ def _incidence(supports: Tensor | Sequence[Iterable[int]]) -> Tensor:
     """Return a sparse float32 matrix of ones, examples by parameters."""
     if isinstance(supports, Tensor):
         check(supports.ndim == 2, "supports", "of shape (n, d)", tuple(supports.shape))
-        coalesced = supports.to_sparse_coo().coalesce()
+        coalesced = supports.detach().cpu().to_sparse_coo().coalesce()
         indices = coalesced.indices()[:, coalesced.values() != 0]
         shape = tuple(supports.shape)
     else:
@@ -145,9 +146,10 @@ def _incidence(supports: Tensor | Sequence[Iterable[int]]) -> Tensor:
         numbers = {parameter: j for j, parameter in enumerate(sorted({p for support in touched for p in support}))}
         rows = [i for i, support in enumerate(touched) for _ in support]
         columns = [numbers[parameter] for support in touched for parameter in support]
-        indices = torch.tensor([rows, columns], dtype=torch.long)
+        indices = torch.tensor([rows, columns], dtype=torch.long, device="cpu")
         shape = (len(touched), max(1, len(numbers)))
-    return torch.sparse_coo_tensor(indices, torch.ones(indices.shape[1]), shape, check_invariants=True).coalesce()
+    ones = torch.ones(indices.shape[1], device="cpu")
+    return torch.sparse_coo_tensor(indices, ones, shape, check_invariants=True).coalesce()
 
 
 def _largest_sq_singular_value(features: Tensor) -> float:
@@ -173,7 +175,7 @@ def _gram(features: Tensor) -> Tensor:
     """Return ``X'X`` or ``XX'``, whichever is smaller, in float64 without a float64 copy of a large ``X``."""
     if features.shape[0] < features.shape[1]:
         features = features.T
-    gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device="cpu")
     for rows in features.split(_ROWS_AT_A_TIME):
         wide = rows.double()
         gram.addmm_(wide.T, wide)

@@ -70,7 +70,7 @@ def packed_sequences():
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         return net.head(net.rnn(packed)[1][-1])
 
-    return Setup(net, (rows(T, 3), torch.tensor([5, 2, 3, 5, 1, 4])), of_rows(forward))
+    return Setup(net, (rows(T, 3), torch.tensor([5, 2, 3, 5, 1, 4], device="cpu")), of_rows(forward))
 
 
 @pattern()
@@ -85,7 +85,7 @@ def head_on_packed_positions():
         out = out._replace(data=net.head(out.data))
         return pad_packed_sequence(out, batch_first=True, total_length=T)[0]
 
-    return Setup(net, (rows(T, 3), torch.tensor([5, 2, 3, 5, 1, 4])), of_rows(forward))
+    return Setup(net, (rows(T, 3), torch.tensor([5, 2, 3, 5, 1, 4], device="cpu")), of_rows(forward))
 
 
 @pattern()
