@@ -20,8 +20,10 @@ from lightning_graddiv.per_example.norms import sum_of_squares
 _CHUNK_BYTES = 4 * 2**20
 """Explicit contributions that are held at a time: on a processor, what its allocator keeps rather than gives back."""
 
-_ACCELERATOR_CHUNK_BYTES = 256 * 2**20
-"""On an accelerator a pass over memory costs less than the calls that would avoid it."""
+_ACCELERATOR_CHUNK_BYTES = 64 * 2**20
+
+_MOST_CHUNKS = 4
+"""On an accelerator, so many passes over a chunk of contributions cost less than the calls that would avoid them."""
 
 DIRECTIONS = 4
 """Numbers by which gradients are compared."""
@@ -236,14 +238,14 @@ class Outer(Contributions):
     def are_formed(self) -> bool:
         """Whether n (in, out) products over T positions are cheaper than products between positions.
 
-        On an accelerator they are wherever they fit: two passes over them, and no look at what cancels, for which the
-        processor would have to wait.
+        On an accelerator they are unless they are large: two passes over them, and no look at what cancels, for which
+        the processor would have to wait.
         """
         positions, fan_in, fan_out = *self.inputs.shape[2:], self.output_gradients.shape[-1]
         if positions == 1:
             return False
-        fits = 4 * len(self) * math.prod(self.shape) <= chunk_bytes(self.device)
-        return positions * (fan_in + fan_out) > fan_in * fan_out or (self.device.type != "cpu" and fits)
+        is_small = 4 * len(self) * math.prod(self.shape) <= _MOST_CHUNKS * chunk_bytes(self.device)
+        return positions * (fan_in + fan_out) > fan_in * fan_out or (self.device.type != "cpu" and is_small)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,7 @@ class GhostRecorder:
         self._examples = examples
         self._calls: dict[int, int] = defaultdict(int)
         self._ledger.clear(examples)
+        self._noted: set[tuple[torch.dtype, torch.device]] = set()
         self._error: Exception | None = None
 
     def __enter__(self) -> "GhostRecorder":
@@ -263,7 +264,8 @@ class GhostRecorder:
 
     def _note_precision(self, use: Use) -> None:
         for gradient in use.output_gradients:
-            if gradient is not None:
+            if gradient is not None and (gradient.dtype, gradient.device) not in self._noted:
+                self._noted.add((gradient.dtype, gradient.device))
                 bits = torch.finfo(gradient.dtype).bits
                 rounds = bits == 32 and rounds_products(gradient.device)
                 self._ledger.note_precision(16 if rounds else bits)

@@ -162,7 +162,8 @@ class GhostStep(InBandStep):
         self.local_sq_norm: float | None = None
         self.rest_error: MeasurementError | None = None
         self._reached: set[int] = set()
-        self._rest_parameters = [p for i, p in enumerate(parameters) if i not in set(covered)]
+        in_band = set(covered)
+        self._rest_parameters = [p for i, p in enumerate(parameters) if i not in in_band]
         self._rest = rest if self._rest_parameters else None
         self._plan = plan
         self._noise_seed = noise_seed
@@ -208,7 +209,7 @@ class GhostStep(InBandStep):
     def backward(self, scale: float) -> None:
         self._expect_one_backward()
         recorded = self._recorder.finish()
-        missed = [reason for index, reason in recorded.misses.items() if index in set(self.covered)]
+        missed = [recorded.misses[index] for index in self.covered if index in recorded.misses]
         if missed:
             raise UncoveredError(missed[0])
         examples, sums = recorded.examples, self.sums

@@ -38,4 +38,4 @@ def ghost_gradients(loss: StepLoss, batch: Any, total: int) -> tuple[PerExampleG
     scale = float(total) if plan.reduction == "mean" else 1.0
     covered = [index for index in range(len(loss.parameters)) if index not in misses]
     whole = torch.cat([real_view(gradient).flatten().to(sum_dtype(gradient)) for gradient in gradients])
-    return PerExampleGradients(scale**2 * recorded.total(covered), scale * whole), misses
+    return PerExampleGradients(scale**2 * recorded.total(covered).cpu(), scale * whole), misses

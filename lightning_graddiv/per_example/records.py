@@ -12,7 +12,7 @@ from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout
 from lightning_graddiv.per_example.received import Received
 
 
-@dataclass
+@dataclass(eq=False)
 class Use:
     """One call of a layer: what went in, and the gradient of what came out.
 

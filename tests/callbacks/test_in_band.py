@@ -314,7 +314,7 @@ def test_a_mean_over_the_tokens_of_padded_sequences_has_weighted_examples():
     monitor = trained(module, padded(), batch_size=32, precision="64-true", monitor=Collector(window=128))
     gradients = []
     for step in module.steps:
-        value = token_mean(net, step.batches[0])
+        value = token_mean(net, [part.cpu() for part in step.batches[0]])
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(net.parameters()))]))
     gradients = torch.stack(gradients)
     noise = float(gradients.var(0).sum())

@@ -41,8 +41,8 @@ class Net(LightningModule):
 
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.weights.append({n: p.detach().clone() for n, p in self.named_parameters()})
-            self.batches.append(batch)
+            self.weights.append({n: p.detach().cpu().clone() for n, p in self.named_parameters()})
+            self.batches.append([part.cpu() for part in batch])
 
     def training_step(self, batch, batch_idx):
         x, y = batch

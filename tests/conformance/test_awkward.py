@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.torch\.nn\.utils\.weight_norm. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings(r"ignore:Using padding='same' with even kernel lengths:UserWarning"),
     pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning:torch\.jit\._script"),
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk:UserWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
     pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning"),
 ]
