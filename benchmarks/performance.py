@@ -1,4 +1,4 @@
-"""Make the tables of docs/performance.md from benchmarks/results/overhead.json.
+"""Make the tables of docs/performance.md from benchmarks/results/overhead.json and overhead_cuda.json.
 
 python benchmarks/performance.py
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 
 def in_training(models: dict[str, Any]) -> str:
@@ -56,14 +56,33 @@ def growth(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def by_precision(models: dict[str, Any]) -> dict[str, Any]:
+    """Return each precision's training as a model of its own."""
+    found = {}
+    for name, measured in models.items():
+        found[f"{name}, float32 on tensor cores"] = measured
+        found[f"{name}, bf16-mixed"] = {"training": measured["training_bf16"]}
+    return found
+
+
+def between(page: str, what: str, tables: list[str]) -> str:
+    """Put tables between the page's two marks."""
+    begin, end = (mark.format(what) for mark in MARKS)
+    before, rest = page.split(begin)
+    return "\n\n".join((f"{before}{begin}", *tables, f"{end}{rest.split(end)[1]}"))
+
+
 def main() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())
-    page = ROOT / "docs" / "performance.md"
-    before, rest = page.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    models = results["models"]
-    tables = "\n\n".join((in_training(models), engines(models), overheads(models), growth(results["growth"])))
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
+    path = ROOT / "docs" / "performance.md"
+    on_cpu, on_gpu = (
+        json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        for name in ("overhead.json", "overhead_cuda.json")
+    )
+    models = on_cpu["models"]
+    tables = [in_training(models), engines(models), overheads(models), growth(on_cpu["growth"])]
+    page = between(path.read_text(), "tables", tables)
+    models = on_gpu["models"]
+    path.write_text(between(page, "tables of a GPU", [in_training(by_precision(models)), engines(models)]))
 
 
 if __name__ == "__main__":

@@ -41,10 +41,12 @@ class _IndexBounds(OperatorMode):
     @override
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pairs_of = _pairs_of(func)
-        if pairs_of is not None and args[0].device.type in self._devices:
-            names = (argument.name for argument in func._schema.arguments)
-            for index, size, lowest in pairs_of({**dict(zip(names, args, strict=False)), **kwargs}):
-                _check(func, index, size, lowest)
+        if pairs_of is not None:
+            names = [argument.name for argument in func._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if given[names[0]].device.type in self._devices:  # of what is indexed; an index may come from the processor
+                for index, size, lowest in pairs_of(given):
+                    _check(func, index, size, lowest)
         return func(*args, **kwargs)
 
 

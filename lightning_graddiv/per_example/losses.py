@@ -164,7 +164,8 @@ def measuring(module: nn.Module, seed: int | None = None, *, checks_indices: boo
         stack.enter_context(parameters_guarded(module))
         stack.enter_context(recorders_paused())
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_quiet_on_copies())
+        if "cuda" in devices:
+            stack.enter_context(_quiet_on_copies())
         if checks_indices:
             stack.enter_context(indices_checked(module))
         for device in devices:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_graddiv.per_example import convolutions
+from lightning_graddiv.per_example import convolutions, factors
 from lightning_graddiv.per_example.convolutions import Convolved
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
@@ -172,6 +172,22 @@ def test_few_examples_are_taken_at_a_time(monkeypatch):
     apart, _ = found.measure(probe)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(apart, together)
+
+
+def test_patches_are_taken_of_few_examples_at_a_time(monkeypatch):
+    layer, inputs = nn.Conv2d(2, 3, 3), torch.randn(8, 2, 6, 6)
+    found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, 8))["weight"]
+    take(monkeypatch, pixels=False)
+    probe = Directions([layer.weight], 0).probe(0)
+    by_kernel = found.measure(probe)
+    sizes, original = [], Convolved._by_patches
+    monkeypatch.setattr(Convolved, "takes_patches", True)
+    monkeypatch.setattr(Convolved, "_by_patches", lambda self: (sizes.append(len(self)), original(self))[1])
+    weights, patches = 3 * 2 * 9, 2 * 9 * 16
+    monkeypatch.setattr(factors, "chunk_bytes", lambda device: 4 * 3 * (weights + patches))
+    by_patches = found.measure(probe)
+    assert sizes == [3, 3, 2]
+    torch.testing.assert_close(by_patches, by_kernel)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])

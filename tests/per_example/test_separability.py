@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_graddiv import per_example_squared_norms
-from lightning_graddiv.errors import FunctionalEngineError, MeasurementError
+from lightning_graddiv.errors import FunctionalEngineError, MeasurementError, MixingError
+from lightning_graddiv.per_example import separability
 from lightning_graddiv.per_example.functional import PerExampleGradients, loop_gradients
 from lightning_graddiv.per_example.losses import StepLoss, measuring
-from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum, full_precision
+from lightning_graddiv.per_example.precision import full_precision
+from lightning_graddiv.per_example.separability import check_engine, check_separable, check_sum
 from tests.models import MLP, Case, GroupNormCNN, pairs, reference_norms, relative_error, state_of, vectors
 
 ENGINES = ["auto", "functional", "loop"]
@@ -424,3 +426,41 @@ def test_checks_compute_in_full_precision_and_put_the_users_choice_back():
     finally:
         torch.set_float32_matmul_precision(before[0])
     assert torch.backends.cudnn.allow_tf32 == before[1]
+
+
+class TestOnAGpu:
+    """Which rounds otherwise for each size of batch: told to the checks, where there is none."""
+
+    @pytest.fixture(autouse=True)
+    def _told(self, monkeypatch):
+        monkeypatch.setattr(separability, "is_on_gpu", lambda _: True)
+
+    def test_a_hundredth_is_allowed(self):
+        assert separability.tolerance(MLP()) == 1e-2
+        assert separability.tolerance(MLP().double()) == 1e-7
+        assert separability.tolerance(MLP().bfloat16()) == 5e-2
+
+    def test_what_mixes_by_accident_is_tried_again_on_other_examples(self, monkeypatch):
+        tried, weights = [], separability._weights
+
+        def once(joint, alone, tolerance):
+            tried.append(alone)
+            if len(tried) == 1:
+                raise MixingError("by accident")
+            return weights(joint, alone, tolerance)
+
+        monkeypatch.setattr(separability, "_weights", once)
+        loss, batch = StepLoss(MLP()), vectors(N, torch.float32)
+        sample = check_separable(loss, batch, N)
+        assert len(tried) == 2
+        assert not torch.equal(tried[0].sq_norms, tried[1].sq_norms)
+        assert len(sample.examples) == 4
+
+    def test_what_mixes_again_is_refused(self):
+        class Mixes(MLP):
+            def logits(self, x):
+                logits = super().logits(x)
+                return logits - 0.5 * logits.mean(0)
+
+        with pytest.raises(MixingError):
+            check_separable(StepLoss(Mixes()), vectors(N, torch.float32), N)
