@@ -379,7 +379,7 @@ def described(race: Race, command: Sequence[str]) -> dict[str, Any]:
     track = race.track
     return {
         "title": track.title,
-        "command": " ".join(["python benchmarks/race.py", *command]),
+        "command": " ".join(["python benchmarks/race.py", *without_folders(command)]),
         **environment(),
         "settings": {
             **track.settings(),
@@ -393,6 +393,14 @@ def described(race: Race, command: Sequence[str]) -> dict[str, Any]:
             "extensions": EXTENSIONS,
         },
     }
+
+
+def without_folders(command: Sequence[str]) -> list[str]:
+    """Leave out where files lie on this machine."""
+    folders = {"--data-dir", "--out", "--results"}
+    following = [None, *command]
+    pairs = [(word.partition("=")[0], before) for word, before in zip(command, following, strict=False)]
+    return [word for word, (name, before) in zip(command, pairs, strict=True) if not {name, before} & folders]
 
 
 def run_track(race: Race, options: argparse.Namespace, command: Sequence[str]) -> None:

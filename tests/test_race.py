@@ -233,3 +233,10 @@ def test_a_run_that_fails_is_told_with_its_traceback(digits_track, tmp_path, cap
         race.main([*command, "--tune-only"])
     assert "RuntimeError: no such batch" in capsys.readouterr().err
     assert "no such batch" in (tmp_path / "race.json").read_text()
+
+
+def test_the_command_in_the_results_names_no_folder(benchmarks):
+    from race import without_folders
+
+    command = ["--track", "char-lm", "--results", "a/b", "--out=c", "--seeds", "2", "--data-dir", "d"]
+    assert without_folders(command) == ["--track", "char-lm", "--seeds", "2"]
