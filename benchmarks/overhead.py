@@ -402,10 +402,14 @@ def growth_of_cost(quick: bool) -> dict[str, dict[str, float]]:
 
 
 def peak_memory(name: str, every_n_steps: int, first: int) -> float:
-    """Return the most that training in a process of its own holds beyond what it held before, in MiB."""
+    """Return the most that training in a process of its own holds beyond what it held before, in MiB.
+
+    The middle one of three: what a small network takes differs by a third from one process to the next.
+    """
     command = [sys.executable, __file__, "--memory-of", name, "--every-n-steps", str(every_n_steps)]
     command += ["--from-step", str(first)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
 def memory(name: str) -> dict[str, float]:
