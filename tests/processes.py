@@ -3,6 +3,7 @@
 A module of such trainings has a tuple RUNS of functions of the rank, and ends with ``record(RUNS)`` where it is run.
 """
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+
+MOST_SECONDS = 240
+"""Then a process that hangs says where, and ends."""
 
 
 def start(module, folder, timeout):
@@ -40,6 +44,7 @@ def rank_and_folder():
 
 def record(runs):
     """Make each training, and write what it returns."""
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
     rank, folder = rank_and_folder()
     for run in runs:
         torch.save(run(rank), folder / f"{run.__name__}.{rank}.pt")
