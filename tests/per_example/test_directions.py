@@ -65,3 +65,18 @@ def test_they_are_random_where_a_proof_has_switched_noise_off():
     with noise_off():
         probe = Directions(shapes, 0).probe(0)
     assert len(probe.left.unique()) == probe.left.numel()
+
+
+@pytest.mark.parametrize("count", [2, 12], ids=["few", "many"])
+def test_images_are_projected_as_the_gradients_are_one_by_one(count):
+    torch.manual_seed(0)
+    shapes = [(4, 3), (5,), (2, 3, 3), ()] * (count // 2)
+    gradients = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    directions = Directions(gradients, 3)
+    given = {index: gradients[index] for index in range(count)}
+    images = {index: directions.probe(index).image_of(gradient) for index, gradient in given.items()}
+    with torch.device("meta"):  # what is asked for beside them has no image, and still a place on the processor
+        found = directions.of_images(images, range(len(gradients)))
+    expected = torch.stack([directions.probe(index).of(gradient) for index, gradient in given.items()])
+    torch.testing.assert_close(found[:count], expected, rtol=1e-12, atol=1e-12)
+    assert not found[count:].any()
