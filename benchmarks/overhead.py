@@ -484,12 +484,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(2)
-    torch.set_float32_matmul_precision("high")  # tensor cores, where there are some
     if arguments.memory_of:
         print(held_by_training(arguments.memory_of, arguments.every_n_steps, arguments.from_step))
         return
     is_cpu = arguments.device == "cpu"
     tasks = TASKS if is_cpu else ON_ACCELERATORS
+    if not is_cpu:
+        torch.set_float32_matmul_precision("high")  # on tensor cores, as Lightning advises
     results: dict[str, Any] = {"versions": versions(), "models": {}}
     for name in (arguments.models or ",".join(tasks)).split(","):
         found = {"training": in_training(tasks[name], arguments.quick, arguments.device)}

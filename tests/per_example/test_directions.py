@@ -80,3 +80,12 @@ def test_images_are_projected_as_the_gradients_are_one_by_one(count):
     expected = torch.stack([directions.probe(index).of(gradient) for index, gradient in given.items()])
     torch.testing.assert_close(found[:count], expected, rtol=1e-12, atol=1e-12)
     assert not found[count:].any()
+
+
+@pytest.mark.parametrize("count", [2, 12], ids=["few", "many"])
+def test_parameters_of_two_precisions_are_projected_together(count):
+    gradients = [torch.ones(3, 2, dtype=(torch.float32, torch.float64)[i % 2]) for i in range(count)]
+    directions = Directions(gradients, 0)
+    images = {index: directions.probe(index).image_of(gradient) for index, gradient in enumerate(gradients)}
+    expected = torch.stack([directions.probe(index).of(gradient) for index, gradient in enumerate(gradients)])
+    torch.testing.assert_close(directions.of_images(images, range(count)), expected, rtol=1e-5, atol=1e-5)

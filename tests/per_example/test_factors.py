@@ -281,3 +281,9 @@ def test_examples_without_positions_contribute_nothing(contributions, shape):
     norms, image = contributions.measure(probe)
     assert norms.tolist() == [0.0] * N
     assert image.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(("device", "width", "formed"), [("cpu", 64, False), ("meta", 64, True), ("meta", 8192, False)])
+def test_an_accelerator_forms_what_is_small_where_a_processor_multiplies_positions(device, width, formed):
+    inputs, output_gradients = (torch.zeros(N, 1, 2, width, device=device) for _ in "ab")
+    assert Outer(inputs, output_gradients, torch.Size((width, width))).are_formed is formed
