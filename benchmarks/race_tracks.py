@@ -255,13 +255,12 @@ TRACKS = {
         Track(
             "fashion-logistic",
             "Fashion-MNIST, logistic regression",
-            lambda: fashion(30_000, 5_000),
+            lambda: fashion(60_000, 10_000),
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)),
             rate=0.002,
-            target=0.835,
-            epochs=6,
-            large=1024,
-            evaluations=4,
+            target=0.84,
+            epochs=12,
+            between=(64, 128, 256, 512, 1024),
         ),
         Track("cifar-resnet18", "CIFAR-10, ResNet-18 with GroupNorm", net=resnet18, **ON_A_GPU),
         Track(

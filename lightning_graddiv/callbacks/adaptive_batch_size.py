@@ -31,13 +31,9 @@ from lightning_graddiv.callbacks.monitor import GradientDiversityMonitor
 from lightning_graddiv.callbacks.out_of_memory import is_out_of_memory, name_cures
 from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
 from lightning_graddiv.callbacks.trial import MicroBatchTrial
-from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, DiversityEstimate, GradientMoments
+from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
-
-_YOUNG, _SETTLED = 40, 80
-"""Optimizer steps from one measurement to the next: while a growth waits for measurements or a window of the second
-would span more than the training so far, and after that."""
 
 
 class AdaptiveBatchSize(GradientDiversityMonitor):
@@ -57,9 +53,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     examples then; as a fraction it stays that part of the data.
 
     Args:
-        every_n_steps: optimizer steps from one measurement to the next. None: 40 until step ``80 * window``, and after
-            each growth until there are ``cooldown`` of them; else, and where the batch cannot grow any more, 80.
-        engine: see :class:`GradientDiversityMonitor`, as for the next four.
+        every_n_steps: see :class:`GradientDiversityMonitor`, as for the next five.
+        engine: see there.
         max_examples: see there.
         window: see there; it also restarts at growth.
         confidence: see there. Growth goes by the lower end alone, above which B_S is with ``(1 + confidence) / 2``.
@@ -104,7 +99,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     def __init__(
         self,
-        every_n_steps: int | None = None,
+        every_n_steps: int = 80,
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,
@@ -125,8 +120,6 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         self._scale = LearningRateScale(scale_lr, warm_in)
         self._resizer: ResumableResizer | None = None
         self.max_micro_batch_size = max_micro_batch_size
-        self._is_cadence_own = every_n_steps is None
-        every_n_steps = _SETTLED if every_n_steps is None else every_n_steps
         super().__init__(every_n_steps, engine, max_examples, window, confidence, log_prefix)
         require(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
         is_factor = isinstance(growth_factor, int) and growth_factor >= 2
@@ -421,15 +414,6 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         """A drop of the learning rate empties the window too, and the interval of a few probes is a gamble."""
         is_cool = not self.history or self._measured_since_growth >= self.cooldown
         return is_cool and len(self._window) >= min(self.cooldown, self._window.size, MIN_PROBES_KEPT_BY_AGE)
-
-    @override
-    def _interval(self) -> int:
-        """A growth that waits for measurements gets them soon, and B_S moves fastest at the start of a training."""
-        if not self._is_cadence_own or self.batch_size * self.growth_factor > self.max_batch_size:
-            return self.every_n_steps
-        is_young = self.optimizer_steps < _SETTLED * self._window.size
-        is_waiting = len(self._window) < MIN_PROBES_FOR_INTERVAL or not self._has_measured_enough()
-        return _YOUNG if is_young or is_waiting else _SETTLED
 
     def _take_effect(self, trainer: Trainer, pending: Growth) -> None:
         """The first micro-batch of the new size is about to be trained on."""

@@ -203,7 +203,7 @@ class GradientDiversityMonitor(Callback):
         if opens and not self._measurer.spans_steps:
             self._measurer.close()  # a hook that skipped the last batch has skipped on_train_batch_end too
             # From nothing but what all processes share: they reduce their sums together.
-            self._is_due |= (self.optimizer_steps + 1) % self._interval() == 0
+            self._is_due |= (self.optimizer_steps + 1) % self.every_n_steps == 0
             if self._is_due and not self._refusals.is_final:
                 self._opened_step = trainer.global_step
                 self._opened_learning_rate = largest_learning_rate(trainer.optimizers[0])
@@ -212,10 +212,6 @@ class GradientDiversityMonitor(Callback):
         self._is_measured_step |= self._measurer.is_open
         if self._measurer.is_open:
             self._measurer.micro_batch(trainer, pl_module, batch_idx)
-
-    def _interval(self) -> int:
-        """Optimizer steps from one measurement to the next."""
-        return self.every_n_steps
 
     def _opens_a_step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
         begins, self._is_between_steps = self._is_between_steps, False

@@ -196,7 +196,9 @@ def random_states_put_back(seed: int | None) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices):
             if seed is not None:
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
+                if devices:  # `torch.manual_seed` would also seed what is not put back
+                    torch.cuda.manual_seed_all(seed)
                 random.seed(seed)
                 np.random.seed(seed)
             yield

@@ -78,10 +78,9 @@ def prove(loss: StepLoss, batch: Any, total: int, *, seed: int = 0, parts: int =
         MixingError: the loss mixes examples.
         MeasurementError: the batch cannot be split.
     """
-    sample = compare_with_parts(loss, batch, total, seed=seed)
+    sample, plan = _compare_with_loop(loss, batch, total, seed)
     if sample.is_noisy:  # what is done with some probability must be done, and left out, at least once
         compare_with_parts(loss, batch, total, seed=seed, high=True)
-    plan = _compare_with_loop(loss, sample)
     if total > sample.total and len(plan.misses) < len(loss.parameters):
         plan = _compare_in_other_company(loss, batch, total, plan, seed=seed, parts=parts)
     return plan, sample
@@ -112,15 +111,13 @@ def _ignore(_: int, __: Tensor) -> None:
     """Look at no gradient."""
 
 
-def _compare_with_loop(loss: StepLoss, sample: Sample) -> GhostPlan:
+def _compare_with_loop(loss: StepLoss, batch: Any, total: int, seed: int) -> tuple[Sample, GhostPlan]:
     """Form the contributions of a few examples, and keep the parameters for which they are the loop's gradients."""
     layouts: dict[tuple[int, int], Layout] = {}
     shared: set[int] = set()
     misses: dict[int, str] = {}
     with GhostRecorder(loss.parameters) as recorder:
-        recorder.begin(sample.total)
-        with held_still(loss.module), gradients_let_go(loss.parameters, _ignore):
-            differentiate(loss, sample.batch, watch=recorder.attach)
+        sample = compare_with_parts(loss, batch, total, seed=seed, watch=recorder.attach)
         with full_precision(), torch.no_grad():
             relative, of_all = _rounding(loss.module)
             whole = sample.weights.abs() * sample.sq_norms.sqrt()
@@ -134,7 +131,7 @@ def _compare_with_loop(loss: StepLoss, sample: Sample) -> GhostPlan:
                 layouts |= {(index, _ordinal(use, index)): layout for use, layout in zip(uses, chosen, strict=True)}
                 if len(uses) > 1:
                     shared.add(index)
-    return GhostPlan(layouts, frozenset(shared), misses, _reduction(sample))
+    return sample, GhostPlan(layouts, frozenset(shared), misses, _reduction(sample))
 
 
 def _compare_in_other_company(
@@ -148,7 +145,7 @@ def _compare_in_other_company(
     order = list(range(total))
     random.Random(seed).shuffle(order)
     parts = min(parts, total // 2)
-    _, of_all = _rounding(loss.module)
+    allowed, (_, of_all) = tolerance(loss.module), _rounding(loss.module)
     misses, is_weighted = dict(plan.misses), plan.reduction == "weighted"
     taken_apart = [order[i::parts] for i in range(parts)]
     with held_still(loss.module):
@@ -160,28 +157,27 @@ def _compare_in_other_company(
     misses |= together.misses
     for apart, examples in zip(alone, taken_apart, strict=True):
         misses |= apart.misses
-        covered = [index for index in range(len(loss.parameters)) if index not in misses]
-        among_all = together.total(covered)[examples]
-        factor = _common_factor(apart, together, examples, covered)
-        is_weighted |= not _is_expected(factor, plan.reduction, total / len(examples), tolerance(loss.module))
-        floor = of_all * among_all.max()
-        for index in covered:
-            if index in together.sq_norms and index in apart.sq_norms:
-                wanted, found = factor * together.sq_norms[index][examples], apart.sq_norms[index]
-                if bool(((found - wanted).abs() > 4 * tolerance(loss.module) * wanted + factor * floor).any()):
-                    misses[index] = "what an example contributes depends on the others in its batch"
+        seen = [i for i in together.sq_norms if i in apart.sq_norms and i not in misses]
+        if seen:
+            among_all = torch.stack([together.sq_norms[index] for index in seen])[:, examples]
+            found = torch.stack([apart.sq_norms[index] for index in seen])
+            factor = _common_factor(found, among_all)
+            wanted = factor * among_all
+            differs = (found - wanted).abs() > 4 * allowed * wanted + of_all * wanted.sum(0).max()
+            misses |= {i: _MINDS_COMPANY for i, is_other in zip(seen, differs.any(1).tolist(), strict=True) if is_other}
+            is_weighted |= not _is_expected(factor, plan.reduction, total / len(examples), allowed)
     if len(plan.misses) < len(misses) == len(loss.parameters):
         raise MixingError(MIXED, lasting=True)
     return replace(plan, misses=misses, reduction="weighted" if is_weighted else plan.reduction)
 
 
-def _common_factor(apart: Recorded, together: Recorded, examples: Sequence[int], covered: Sequence[int]) -> float:
-    """Return the middle one of the factors between what the examples contribute apart and together."""
-    both = [index for index in covered if index in apart.sq_norms and index in together.sq_norms]
-    pairs = [(apart.sq_norms[index], together.sq_norms[index][examples]) for index in both]
-    ratios = [found[wanted > 0] / wanted[wanted > 0] for found, wanted in pairs]
-    values = torch.cat(ratios) if ratios else torch.ones(0, device="cpu")
-    return float(values.median()) if len(values) > 0 else 1.0
+_MINDS_COMPANY = "what an example contributes depends on the others in its batch"
+
+
+def _common_factor(found: Tensor, among_all: Tensor) -> float:
+    """Return the middle one of the factors between what the examples contribute apart and among all."""
+    has_any = among_all > 0
+    return float((found[has_any] / among_all[has_any]).median()) if bool(has_any.any()) else 1.0
 
 
 def _is_expected(factor: float, reduction: Reduction, share: float, allowed: float) -> bool:

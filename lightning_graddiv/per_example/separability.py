@@ -19,7 +19,7 @@ from lightning_graddiv.per_example.functional import (
 )
 from lightning_graddiv.per_example.guard import WriteGuard, parameters_guarded
 from lightning_graddiv.per_example.layers import mixes_examples
-from lightning_graddiv.per_example.losses import StepLoss
+from lightning_graddiv.per_example.losses import StepLoss, Watch
 from lightning_graddiv.per_example.noise import Noise, noise_off
 from lightning_graddiv.per_example.precision import full_precision
 from lightning_graddiv.per_example.sketches import Sketch, Sketcher
@@ -64,7 +64,9 @@ class Sample:
         return self.alone.sq_norms.sum(1)
 
 
-def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0, high: bool = False) -> Sample:
+def compare_with_parts(
+    loss: StepLoss, batch: Any, total: int, *, seed: int = 0, high: bool = False, watch: Watch | None = None
+) -> Sample:
     """Check that a few examples' gradients together are made of those that they have alone: the probe for mixing.
 
     Dropout and other noise is switched off for the comparison. Each gradient may enter with a positive weight.
@@ -75,6 +77,7 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
         total: the number of examples, at least 2.
         seed: which examples are tried; at random, since batches are often ordered.
         high: see :func:`.noise_off`.
+        watch: looks on while they run together, which is last; see :class:`.StepLoss`.
 
     Returns:
         The examples that were tried.
@@ -86,17 +89,19 @@ def compare_with_parts(loss: StepLoss, batch: Any, total: int, *, seed: int = 0,
     for _ in range(_TRIALS - 1 if is_on_gpu(loss.module) else 0):
         # Those examples may have been next to a kink; a loss that mixes will do so again.
         with suppress(MixingError):
-            return _compared(loss, batch, total, chance, seed, high)
-    return _compared(loss, batch, total, chance, seed, high)
+            return _compared(loss, batch, total, chance, seed, high, watch)
+    return _compared(loss, batch, total, chance, seed, high, watch)
 
 
-def _compared(loss: StepLoss, batch: Any, total: int, chance: random.Random, seed: int, high: bool) -> Sample:
+def _compared(
+    loss: StepLoss, batch: Any, total: int, chance: random.Random, seed: int, high: bool, watch: Watch | None
+) -> Sample:
     examples = chance.sample(range(total), min(_EXAMPLES, total))
     together = select(batch, examples, total)
     sketcher = Sketcher(loss.parameters, seed)
     with splitting(loss), held_still(loss.module, high=high) as noise:
-        joint = sketcher.differentiated(loss, together)
         alone = Sketch.stack([sketcher.differentiated(loss, select(batch, [example], total)) for example in examples])
+        joint = sketcher.differentiated(loss, together, watch)
     if loss.is_partial and not bool(alone.sq_norms.any()) and not bool(joint.sq_norms.any()):
         weights, is_weighted = joint.sq_norms.new_full((len(examples),), 1 / len(examples)), False
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.functional import differentiate, require_finite
-from lightning_graddiv.per_example.losses import StepLoss
+from lightning_graddiv.per_example.losses import StepLoss, Watch
 from lightning_graddiv.per_example.modes import own_work
 from lightning_graddiv.per_example.norms import on_processor, real_view, sum_of_squares
 
@@ -61,8 +61,13 @@ class Sketcher:
         views = [real_view(parameter.detach()) for parameter in parameters]
         self._directions = Directions(views, seed, self._count, share_right=False)
 
-    def differentiated(self, loss: StepLoss, batch: Any) -> Sketch:
+    def differentiated(self, loss: StepLoss, batch: Any, watch: Watch | None = None) -> Sketch:
         """Return the sketch of a batch's gradient, in which each parameter's is let go of as soon as it is drawn.
+
+        Args:
+            loss: the step's loss.
+            batch: the batch.
+            watch: see :class:`.StepLoss`.
 
         Raises:
             MeasurementError: it is not finite, or see :func:`.differentiate`.
@@ -73,7 +78,7 @@ class Sketcher:
             found[index] = self._drawn(index, gradient)
 
         with gradients_let_go(self._parameters, draw):
-            gradients = differentiate(loss, batch)
+            gradients = differentiate(loss, batch, watch)
         for index, gradient in enumerate(gradients):  # those that no hook saw: zeros, or gradients at aliases
             if index not in found:
                 draw(index, gradient)

@@ -510,15 +510,15 @@ def test_a_measurement_that_could_not_be_made_is_still_due(tmp_path):
     assert callback.measurements == 1
 
 
-def test_measurements_that_a_growth_waits_for_come_as_soon(tmp_path):
-    """They come every 40 steps, and how many there were since the last growth is in the checkpoint."""
+def test_a_growth_waits_for_as_many_measurements(tmp_path):
+    """How many there were since the last one is in the checkpoint."""
 
     class Steady(Traced):  # a rate that falls by half would empty the window before the second measurement
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), self.rate)
 
     def callback():
-        return growing(every_n_steps=None, cooldown=2, window=4)
+        return growing(every_n_steps=40, cooldown=2, window=4)
 
     saves, reference = Saves(tmp_path, ("on_train_epoch_end",)), callback()
     module, _ = run(reference, train_loader(), saves, module=Steady(), max_epochs=18)

@@ -87,6 +87,6 @@ def test_a_step_that_needs_its_whole_batch_is_refused_before_it_traps(monkeypatc
         return (out[torch.tensor([0, 3])] - out[torch.tensor([1, 4])]).square().mean()
 
     monkeypatch.setattr(losses, "indices_checked", checked)
-    with pytest.raises(MeasurementError, match="IndexError: index 4 is out of range for 4 entries"):
+    with pytest.raises(MeasurementError, match="IndexError: index 3 is out of range for 1 entries"):
         per_example_squared_norms(nn.Linear(3, 2), torch.randn(6, 3), loss_fn=triplets)
     assert seen
