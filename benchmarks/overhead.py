@@ -64,16 +64,35 @@ class Module(L.LightningModule):
 class Start(L.Callback):
     """First of the callbacks: the others' share of a step is part of it."""
 
+    def on_train_start(self, *_: Any) -> None:
+        self.began = now()
+
     def on_train_batch_start(self, *_: Any) -> None:
         self.time = now()
 
 
 class End(L.Callback):
-    """Last of the callbacks."""
+    """Last of the callbacks.
+
+    Attributes:
+        steps: what kind each was, plain, measured or checked, and its seconds.
+        seconds: of the training, its loader included.
+        logged: what the monitor says that measuring adds to the rest of the training.
+    """
 
     def __init__(self, start: Start, monitor: GradientDiversityMonitor) -> None:
         self.start, self.monitor, self.measured = start, monitor, 0
         self.steps: list[tuple[str, float]] = []
+        self.seconds = self.logged = 0.0
+
+    def on_train_end(self, *_: Any) -> None:
+        self.seconds, self.logged = now() - self.start.began, self.monitor._stopwatch.overhead
+
+    def seen(self) -> float:
+        """Return the same by the clocks of this benchmark: a measured step takes longer than the middle plain one."""
+        plain = statistics.median(by_kind(self.steps)["plain"])
+        extra = sum(seconds - plain for kind, seconds in self.steps if kind != "plain")
+        return extra / (self.seconds - extra)
 
     def on_train_batch_end(self, *_: Any) -> None:
         seconds = now() - self.start.time
@@ -112,8 +131,8 @@ def train(
     device: str = "cpu",
     precision: Any = "32-true",
     callbacks: Sequence[L.Callback] = (),
-) -> tuple[list[tuple[str, float]], GradientDiversityMonitor]:
-    """Return what kind each step was, plain, measured or checked, and its seconds."""
+) -> End:
+    """Train, and return what was seen of it."""
     torch.manual_seed(0)
     x, y = task.batch()
     data = TensorDataset(*(tensor.repeat(steps, *[1] * (tensor.ndim - 1)) for tensor in (x, y)))
@@ -131,7 +150,7 @@ def train(
         enable_model_summary=False,
     )
     trainer.fit(Module(task), DataLoader(data, len(x)))
-    return end.steps, monitor
+    return end
 
 
 def by_kind(steps: Sequence[tuple[str, float]]) -> dict[str, Seconds]:
@@ -142,18 +161,15 @@ def by_kind(steps: Sequence[tuple[str, float]]) -> dict[str, Seconds]:
 
 
 def in_training(task: Task, quick: bool, device: str, precision: Any = "32-true") -> dict[str, Any]:
-    pilot, _ = train(task, 6, 10**6, device, precision)
-    per_step = statistics.median(by_kind(pilot)["plain"])
+    per_step = statistics.median(by_kind(train(task, 6, 10**6, device, precision).steps)["plain"])
     steps = max(24, min(400, int((8 if quick else 25) / per_step)))
     with numbers_sent() as sent:
-        taken, monitor = train(task, steps, 2, device, precision)
-    logged = monitor._stopwatch.overhead  # before anything else runs: it counts on
-    seconds, all_seconds = by_kind(taken[2:]), by_kind(taken)  # the first two pay for start-up
+        training = train(task, steps, 2, device, precision)
+    seconds = by_kind(training.steps[2:])  # the first two pay for start-up
     for _ in range(FIRST_CHECKS):
-        seconds["checked"] += by_kind(train(task, 4, 4, device, precision)[0])["checked"]
+        seconds["checked"] += by_kind(train(task, 4, 4, device, precision).steps)["checked"]
     plain = statistics.median(seconds["plain"])
     cadence = GradientDiversityMonitor().every_n_steps
-    extra = sum(sum(all_seconds[kind]) - plain * len(all_seconds[kind]) for kind in ("measured", "checked"))
     return {
         "plain": spread(seconds["plain"]),
         "measured": spread(seconds["measured"]),
@@ -166,11 +182,11 @@ def in_training(task: Task, quick: bool, device: str, precision: Any = "32-true"
             (statistics.median(seconds["measured"]) - plain) + (statistics.median(seconds["checked"]) - plain) / 256
         )
         / (cadence * plain),
-        "overhead_logged": logged,
-        "overhead_seen_from_outside": extra / (plain * steps),
+        "overhead_logged": training.logged,
+        "overhead_seen_from_outside": training.seen(),
         "bytes_sent_by_a_measurement": 8 * statistics.mode(sent),
-        "engine": monitor._measurer.engine,
-        "coverage": monitor._coverage,
+        "engine": training.monitor._measurer.engine,
+        "coverage": training.monitor._coverage,
     }
 
 

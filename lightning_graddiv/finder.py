@@ -13,7 +13,7 @@ from lightning_graddiv.batching.loops import leave_fit
 from lightning_graddiv.batching.twins import twin_loader, twin_of
 from lightning_graddiv.callbacks.finder import BatchSizeBoundFinder
 from lightning_graddiv.finding import BatchSizeFinding
-from lightning_graddiv.per_example.losses import random_states_put_back
+from lightning_graddiv.random_states import random_states_put_back
 
 
 def find_batch_size(

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_graddiv.batching.plan import BatchPlan
 from lightning_graddiv.batching.position import PassPlace
-from lightning_graddiv.batching.random_states import generators_of
 from lightning_graddiv.batching.sampler import (
     AdaptiveBatchSampler,
     drawn_batch_size,
@@ -18,6 +17,7 @@ from lightning_graddiv.batching.sampler import (
     draws_plainly,
     is_followed,
 )
+from lightning_graddiv.random_states import generators_of
 
 
 class AdoptedLoader:
@@ -101,6 +101,11 @@ class AdoptedLoader:
         """Batches of this plan arrive from now on."""
         if self.is_adaptable:
             self._sampler.batch_size = plan.micro_batch_size
+
+    @property
+    def trained_on(self) -> int | None:
+        """The examples of the micro-batch that is trained on now, where that is told."""
+        return self._sampler.trained_on if self.is_adaptable else None
 
     def takes(self, examples: int) -> None:
         """A micro-batch of so many examples is trained on now."""

@@ -7,7 +7,7 @@ from typing import Any
 from zlib import crc32
 
 from lightning_graddiv.batching.plan import BatchPlan
-from lightning_graddiv.batching.random_states import RandomStates
+from lightning_graddiv.random_states import RandomStates
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,11 @@ class BatchResizer:
         self._follower.step(sum(self.window.sizes))
 
     @property
+    def trained_on(self) -> int | None:
+        """The examples of the micro-batch that is trained on now; None where its loader is not followed."""
+        return self._loader.trained_on
+
+    @property
     def base_steps(self) -> int:
         """The optimizer steps that the examples of the window under way make at the starting batch size, rounded up."""
         base = self.known_base

@@ -9,9 +9,9 @@ from typing_extensions import override
 from lightning_graddiv.batching import loops, resumed_loop
 from lightning_graddiv.batching.accumulation import every
 from lightning_graddiv.batching.position import Change, EpochPosition
-from lightning_graddiv.batching.random_states import RandomStates
 from lightning_graddiv.batching.resizer import BatchResizer, Offer
 from lightning_graddiv.batching.resumed_loop import ResumedLoop
+from lightning_graddiv.random_states import RandomStates
 
 
 class ResumableResizer(BatchResizer):

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from lightning_graddiv.batching.plan import BatchPlan
 from lightning_graddiv.batching.position import PassOrigin, PassPlace, mark
-from lightning_graddiv.batching.random_states import RandomStates
+from lightning_graddiv.random_states import RandomStates
 
 _ANOTHER_ORDER = (
     "AdaptiveBatchSize: the epoch that goes on after the checkpoint is drawn by `{sampler}` in another order than "

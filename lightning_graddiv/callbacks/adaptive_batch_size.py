@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from lightning_graddiv.batching.learning_rate import RULES, LearningRateRule, LearningRateScale
 from lightning_graddiv.batching.position import EpochPosition
-from lightning_graddiv.batching.random_states import RandomStates
 from lightning_graddiv.batching.resumption import ResumableResizer
 from lightning_graddiv.batching.sample_clock import SampleClock
 from lightning_graddiv.callbacks.checks import (
@@ -33,6 +32,7 @@ from lightning_graddiv.callbacks.stability import DifferentialDiversityMonitor
 from lightning_graddiv.callbacks.trial import MicroBatchTrial
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
+from lightning_graddiv.random_states import RandomStates
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
 
 
@@ -478,7 +478,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     @override
     def _drawn_examples(self, trainer: Trainer, batch_idx: int) -> int:
-        return super()._drawn_examples(trainer, batch_idx) or self._running().plan.micro_batch_size
+        resizer = self._running()
+        return resizer.trained_on or super()._drawn_examples(trainer, batch_idx) or resizer.plan.micro_batch_size
 
     @override
     def _restart_if_resized(self, trainer: Trainer) -> None:

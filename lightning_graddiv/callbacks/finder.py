@@ -28,10 +28,11 @@ from lightning_graddiv.callbacks.mechanism import require_whole_gradients
 from lightning_graddiv.distributed import agreed_over_ranks, smallest_over_ranks
 from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, DiversityEstimate
 from lightning_graddiv.finding import BatchSizeFinding
-from lightning_graddiv.per_example.losses import StepLoss, random_states_put_back
+from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.select import check_engine_name
 from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.probing import LoaderProbe
+from lightning_graddiv.random_states import random_states_put_back
 
 
 class BatchSizeBoundFinder(Callback):

@@ -5,6 +5,7 @@ one product of matrices. Only the gradient has to go from position to position, 
 Derivatives are formed by torch's own backward functions, one pass over memory each.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ _through_tanh = torch.ops.aten.tanh_backward.default
 
 _sigmoid_slope_into = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_slope_into = torch.ops.aten.tanh_backward.grad_input
+
+_PARTS = 4
+"""In which a sequence is gone through where a copy of all its positions would be the peak of memory."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,11 @@ def lstm_gates(scan: Scan) -> tuple[Tensor, Tensor]:
     cells = torch.cat([scan.cell[None], i * g])
     for before, after, kept in zip(cells[:-1], cells[1:], f, strict=True):
         after.addcmul_(kept, before)
-    kept, squashed = f.clone(), cells[1:].tanh()
-    to_cell = _through_tanh(o, squashed)
-    _sigmoid_slope_into(squashed, o, grad_input=o)
+    kept = f.clone()
     _sigmoid_slope_into(cells[:-1], f, grad_input=f)
-    of_input_gate = _through_sigmoid(g, i)
-    _tanh_slope_into(i, g, grad_input=g)
-    i.copy_(of_input_gate)
+    to_cell = cells[1:].tanh_()
+    _to_slopes(o, to_cell)
+    _to_slopes(i, g)
     of_hidden, of_cell = scan.of_hidden, scan.of_cell
     before_cell, after_cell = gates[:, :, :3].unbind(0), o.unbind(0)
     for t in reversed(range(len(gates))):
@@ -104,6 +106,15 @@ def lstm_gates(scan: Scan) -> tuple[Tensor, Tensor]:
             of_hidden, of_cell = scan.back(gates[t], t), of_cell * kept[t]
     found = gates.flatten(2)
     return found, found
+
+
+def _to_slopes(sigmoid: Tensor, tanh: Tensor) -> None:
+    """Put in the place of two factors the slopes of their product by what went into each; a few positions at a time."""
+    some = math.ceil(len(sigmoid) / _PARTS)
+    for s, t in zip(sigmoid.split(some), tanh.split(some), strict=True):
+        of_sigmoid = _through_sigmoid(t, s)
+        _tanh_slope_into(s, t, grad_input=t)
+        s.copy_(of_sigmoid)
 
 
 def gru_gates(scan: Scan) -> tuple[Tensor, Tensor]:

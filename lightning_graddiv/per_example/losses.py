@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from lightning_graddiv.per_example.guard import parameters_guarded
 from lightning_graddiv.per_example.manual import loss_of_manual_step
 from lightning_graddiv.per_example.noise import restart_noise
 from lightning_graddiv.per_example.shadow import is_lightning_module, shadow_copy
+from lightning_graddiv.random_states import random_states_put_back
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -186,25 +185,6 @@ def _quiet_on_copies() -> Iterator[None]:
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         yield
-
-
-@contextmanager
-def random_states_put_back(seed: int | None) -> Iterator[None]:
-    """Put back every global random state, also after an exception (which Lightning's ``isolate_rng`` does not)."""
-    states: tuple[Any, Any] = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    try:
-        with torch.random.fork_rng(devices):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-                if devices:  # `torch.manual_seed` would also seed what is not put back
-                    torch.cuda.manual_seed_all(seed)
-                random.seed(seed)
-                np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _trainable(module: nn.Module, wanted: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:

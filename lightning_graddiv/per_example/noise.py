@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_graddiv.per_example.guard import WriteGuard
 from lightning_graddiv.per_example.modes import OperatorMode
+from lightning_graddiv.random_states import state_of_numpy, state_of_python
 
 # Seeds from which the first numbers of both random.random() and numpy.random.rand() are below 0.15, above 0.85.
 _LOW_SEED, _HIGH_SEED = 3820, 38554
@@ -28,18 +29,19 @@ class Noise:
     def __init__(self, seed: int) -> None:
         self.drawn = False
         self._seed = seed
-        self._state: Any = None
+        self._states: tuple[Any, Any] | None = None
 
     def restart(self) -> None:
         """Set back the generators that do not obey torch."""
         self.look()
         random.seed(self._seed)
         np.random.seed(self._seed)
-        self._state = _state_outside_torch()
+        self._states = _states_outside_torch()
 
     def look(self) -> None:
         """See whether they were used."""
-        self.drawn |= self._state is not None and self._state != _state_outside_torch()
+        if self._states is not None:
+            self.drawn |= any(now is not then for now, then in zip(_states_outside_torch(), self._states, strict=True))
 
 
 _active: list[Noise] = []
@@ -72,9 +74,8 @@ def restart_noise() -> None:
         noise.restart()
 
 
-def _state_outside_torch() -> tuple[Any, ...]:
-    numpy_state: Any = np.random.get_state()
-    return random.getstate(), *(part if np.isscalar(part) else part.tobytes() for part in numpy_state)
+def _states_outside_torch() -> tuple[Any, Any]:
+    return state_of_python(), state_of_numpy()
 
 
 class _NoiseOff(OperatorMode):

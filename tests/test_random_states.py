@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_graddiv.batching.random_states import RandomStates, generators_of
+from lightning_graddiv.random_states import RandomStates, generators_of
 
 DRAWS = {
     "python": random.random,
@@ -43,6 +43,32 @@ def test_it_tells_whether_anything_was_drawn(name):
     assert states.is_equal_to(RandomStates.now())
     DRAWS[name]()
     assert not states.is_equal_to(RandomStates.now())
+
+
+def test_a_normal_number_that_numpy_keeps():
+    """Two states that differ in nothing else."""
+    np.random.seed(0)
+    np.random.randn()
+    keeps = RandomStates.now()
+    second = np.random.randn()
+    for _ in range(2):  # the second time it is recognised by its words
+        RandomStates.now()
+    keeps.restore()
+    again = RandomStates.now()
+    assert np.random.randn() == second
+    again.restore()
+    assert np.random.randn() == second
+
+
+def test_a_normal_number_that_python_keeps():
+    random.seed(0)
+    random.gauss()
+    keeps = RandomStates.now()
+    second = random.gauss()
+    assert not keeps.is_equal_to(RandomStates.now())
+    keeps.restore()
+    assert keeps.is_equal_to(RandomStates.now())
+    assert random.gauss() == second
 
 
 def test_another_kind_of_numpys_generator():

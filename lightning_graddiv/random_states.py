@@ -1,7 +1,9 @@
-"""The random number generators that training draws from, as a checkpoint keeps them."""
+"""The random number generators that training draws from: kept by a checkpoint, put back after a measurement."""
 
+import _random
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ctypes import string_at
 from dataclasses import dataclass
@@ -40,8 +42,8 @@ class RandomStates:
         """
         cuda = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
         return cls(
-            random.getstate(),
-            _NUMPY.state(),
+            state_of_python(),
+            state_of_numpy(),
             torch.get_rng_state(),
             cuda,
             tuple(generator.get_state() for generator in generators),
@@ -50,7 +52,7 @@ class RandomStates:
     def restore(self, generators: Sequence[Generator] = (), device: torch.device | None = None) -> None:
         """Put every generator into its state; see :meth:`now`."""
         random.setstate(self.python)
-        np.random.set_state(self.numpy)
+        _set_numpy(self.numpy)
         torch.set_rng_state(self.processor)
         if self.cuda is not None and device is not None and device.type == "cuda":
             torch.cuda.set_rng_state(self.cuda, device)
@@ -98,33 +100,77 @@ class RandomStates:
         )
 
 
-class _NumpyState:
-    """The state of ``numpy.random``, which takes long to ask for: not again while it is the same.
+@contextmanager
+def random_states_put_back(seed: int | None) -> Iterator[None]:
+    """Put back every global random state, also after an exception (which Lightning's ``isolate_rng`` does not).
 
-    It can be seen in memory. Only a normal number that is kept for the next call cannot.
+    Args:
+        seed: of what is drawn meanwhile. None: go on drawing.
     """
+    python, numpy = state_of_python(), state_of_numpy()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+                if devices:  # `torch.manual_seed` would also seed what is not put back
+                    torch.cuda.manual_seed_all(seed)
+                random.seed(seed)
+                np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        _set_numpy(numpy)
 
-    def __init__(self) -> None:
-        self._seen = b""
-        self._state: tuple[Any, ...] = ()
 
-    def state(self) -> tuple[Any, ...]:
-        """Return what ``numpy.random.get_state`` does."""
-        of_numpy: Any = np.random
-        generator = of_numpy.get_bit_generator()
-        is_known = type(generator) is np.random.MT19937
-        seen = string_at(generator.ctypes.state_address, _MT19937_BYTES) if is_known else b""
-        keeps_normal = not self._state or self._state[3]
-        if seen != self._seen or not is_known or keeps_normal:
-            state: Any = np.random.get_state()
-            self._seen, self._state = seen, state
-        return self._state
+class _Watched:
+    """The state of a global generator, which takes long to ask for: not again while what it lies in is the same."""
 
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        self.latest: Any = None
+        self._ask = ask
+        self._seen: Hashable = None
+
+    def state(self, seen: Hashable) -> Any:
+        """Return the state; ``seen`` is all that it depends on, or None where that is not known."""
+        if seen is None or seen != self._seen:
+            self._seen, self.latest = seen, self._ask()
+        return self.latest
+
+
+_PYTHON, _NUMPY = _Watched(random.getstate), _Watched(np.random.get_state)
 
 _MT19937_BYTES = 625 * 4
-"""624 words, and the position among them."""
+"""NumPy's 624 words, and the position among them."""
 
-_NUMPY = _NumpyState()
+_HEADER = object.__basicsize__
+"""Of an object of CPython; behind it lies what ``random.Random`` is made of."""
+
+
+def state_of_python() -> tuple[int, tuple[int, ...], float | None]:
+    """Return what ``random.getstate`` does; the same object while nothing is drawn."""
+    generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
+    seen = None
+    if sys.implementation.name == "cpython":
+        words = string_at(id(generator) + _HEADER, _random.Random.__basicsize__ - _HEADER)
+        seen = words, generator.gauss_next
+    return _PYTHON.state(seen)  # type: ignore[no-any-return]
+
+
+def state_of_numpy() -> tuple[Any, ...]:
+    """Return what ``numpy.random.get_state`` does, likewise, but where a normal number is kept for the next call."""
+    of_numpy: Any = np.random
+    generator = of_numpy.get_bit_generator()
+    seen = None
+    keeps_normal = not isinstance(_NUMPY.latest, tuple) or _NUMPY.latest[3]  # one for the next call, kept elsewhere
+    if type(generator) is np.random.MT19937 and not keeps_normal:
+        seen = string_at(generator.ctypes.state_address, _MT19937_BYTES)
+    return _NUMPY.state(seen)  # type: ignore[no-any-return]
+
+
+def _set_numpy(state: tuple[Any, ...]) -> None:
+    np.random.set_state(state)
+    _NUMPY.latest = state  # else one that differs in a kept normal number alone would pass for the one before
 
 
 def generators_of(*holders: Any) -> list[Generator]:
