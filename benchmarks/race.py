@@ -58,7 +58,7 @@ SWEEP: dict[str, tuple[Any, ...]] = {
     "every_n_steps": (20, 40, 80, 160),
     "cooldown": (4, 8, 16),
     "window": (8, 16),
-    "confidence": (0.8, 0.9),
+    "confidence": (0.6, 0.8, 0.9),
     "growth_factor": (2, 4),
     "scale_lr": ("gain", "linear", "sqrt"),
     "warm_in": (0, 4, 20),

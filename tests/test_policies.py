@@ -265,7 +265,7 @@ class TestInATraining:
     def test_noise_of_a_few_examples_makes_it_grow_a_little(self):
         """N is about 4: a batch of 4 is enough for McCandlish et al., and too small for a norm test at a half."""
         assert sizes(NoiseScale(), data=noisy(4), epochs=4) == [4]
-        assert sizes(NormTest(0.5), data=noisy(4), epochs=4, cooldown=8) == [4, 8]
+        assert sizes(NormTest(0.5), data=noisy(4), epochs=4, cooldown=8, confidence=0.8) == [4, 8]
 
     def test_cabs_grows_by_the_learning_rate_over_the_loss(self):
         """Orthogonal gradients of norm 1: tr(Sigma) is 1."""

@@ -103,7 +103,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,
-        confidence: float = 0.8,
+        confidence: float = 0.6,
         log_prefix: str = "graddiv",
         *,
         max_batch_size: int,
