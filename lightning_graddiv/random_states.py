@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator, Tensor
 
 
@@ -39,11 +40,14 @@ class RandomStates:
         Args:
             generators: of the user's.
             device: that trains.
+
+        Raises:
+            MisconfigurationException: ``numpy.random`` was given another kind of generator.
         """
         cuda = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
         return cls(
-            state_of_python(),
-            state_of_numpy(),
+            _state_of_python(),
+            _state_of_numpy(),
             torch.get_rng_state(),
             cuda,
             tuple(generator.get_state() for generator in generators),
@@ -52,7 +56,7 @@ class RandomStates:
     def restore(self, generators: Sequence[Generator] = (), device: torch.device | None = None) -> None:
         """Put every generator into its state; see :meth:`now`."""
         random.setstate(self.python)
-        _set_numpy(self.numpy)
+        np.random.set_state(self.numpy)
         torch.set_rng_state(self.processor)
         if self.cuda is not None and device is not None and device.type == "cuda":
             torch.cuda.set_rng_state(self.cuda, device)
@@ -102,12 +106,14 @@ class RandomStates:
 
 @contextmanager
 def random_states_put_back(seed: int | None) -> Iterator[None]:
-    """Put back every global random state, also after an exception (which Lightning's ``isolate_rng`` does not).
+    """Put back the global random states, also after an exception (which Lightning's ``isolate_rng`` does not).
+
+    Of Python, NumPy, and torch on the processor and on NVIDIA's GPUs.
 
     Args:
-        seed: of what is drawn meanwhile. None: go on drawing.
+        seed: of what they give meanwhile. None: they go on.
     """
-    python, numpy = state_of_python(), state_of_numpy()
+    python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         with torch.random.fork_rng(devices):
@@ -120,57 +126,68 @@ def random_states_put_back(seed: int | None) -> Iterator[None]:
             yield
     finally:
         random.setstate(python)
-        _set_numpy(numpy)
+        np.random.set_state(numpy)
 
 
-class _Watched:
-    """The state of a global generator, which takes long to ask for: not again while what it lies in is the same."""
+class _Remembered:
+    """A state that takes long to ask for: not again while the memory that it lies in is the same."""
 
-    def __init__(self, ask: Callable[[], Any]) -> None:
-        self.latest: Any = None
+    def __init__(self, ask: Callable[[], Any], memory: Callable[[], Hashable]) -> None:
         self._ask = ask
-        self._seen: Hashable = None
+        self._memory = memory
+        self._known: tuple[Hashable, Any] = None, None
 
-    def state(self, seen: Hashable) -> Any:
-        """Return the state; ``seen`` is all that it depends on, or None where that is not known."""
-        if seen is None or seen != self._seen:
-            self._seen, self.latest = seen, self._ask()
-        return self.latest
+    def __call__(self) -> Any:
+        """Return the state."""
+        before, (known, state) = self._memory(), self._known
+        if before is not None and before == known:
+            return state
+        state = self._ask()
+        if self._memory() == before:  # else another thread has drawn meanwhile
+            self._known = before, state
+        return state
 
 
-_PYTHON, _NUMPY = _Watched(random.getstate), _Watched(np.random.get_state)
+_HEADER = object.__basicsize__
+"""Of an object of CPython; what its type adds lies behind it."""
 
 _MT19937_BYTES = 625 * 4
 """NumPy's 624 words, and the position among them."""
 
-_HEADER = object.__basicsize__
-"""Of an object of CPython; behind it lies what ``random.Random`` is made of."""
+
+def memory_of_python() -> Hashable:
+    """Return all that the state of ``random`` lies in, to be compared; None where that is not known."""
+    generator: Any = getattr(random.getstate, "__self__", None)
+    if sys.implementation.name != "cpython" or type(generator) is not random.Random:
+        return None
+    words = string_at(id(generator) + _HEADER, _random.Random.__basicsize__ - _HEADER)
+    return id(generator), words, generator.gauss_next
 
 
-def state_of_python() -> tuple[int, tuple[int, ...], float | None]:
-    """Return what ``random.getstate`` does; the same object while nothing is drawn."""
-    generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
-    seen = None
-    if sys.implementation.name == "cpython":
-        words = string_at(id(generator) + _HEADER, _random.Random.__basicsize__ - _HEADER)
-        seen = words, generator.gauss_next
-    return _PYTHON.state(seen)  # type: ignore[no-any-return]
+def memory_of_numpy() -> Hashable:
+    """Return all that the state of ``numpy.random`` lies in, likewise: its words, and a normal number that it keeps."""
+    owner: Any = getattr(np.random.get_state, "__self__", None)
+    if sys.implementation.name != "cpython" or type(owner) is not np.random.RandomState:
+        return None
+    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return None
+    kept = string_at(id(owner) + _HEADER, type(owner).__basicsize__ - _HEADER)
+    return kept, string_at(generator.ctypes.state_address, _MT19937_BYTES)
 
 
-def state_of_numpy() -> tuple[Any, ...]:
-    """Return what ``numpy.random.get_state`` does, likewise, but where a normal number is kept for the next call."""
-    of_numpy: Any = np.random
-    generator = of_numpy.get_bit_generator()
-    seen = None
-    keeps_normal = not isinstance(_NUMPY.latest, tuple) or _NUMPY.latest[3]  # one for the next call, kept elsewhere
-    if type(generator) is np.random.MT19937 and not keeps_normal:
-        seen = string_at(generator.ctypes.state_address, _MT19937_BYTES)
-    return _NUMPY.state(seen)  # type: ignore[no-any-return]
+def _ask_numpy() -> tuple[Any, ...]:
+    state: Any = np.random.get_state()
+    if not isinstance(state, tuple):
+        raise MisconfigurationException(
+            f"`numpy.random` draws by `{state['bit_generator']}`, given by `np.random.set_bit_generator`, and "
+            "a checkpoint keeps the state of an `MT19937` only. Draw from a `np.random.Generator` of your own instead."
+        )
+    return state
 
 
-def _set_numpy(state: tuple[Any, ...]) -> None:
-    np.random.set_state(state)
-    _NUMPY.latest = state  # else one that differs in a kept normal number alone would pass for the one before
+_state_of_python = _Remembered(lambda: random.getstate(), memory_of_python)
+_state_of_numpy = _Remembered(_ask_numpy, memory_of_numpy)
 
 
 def generators_of(*holders: Any) -> list[Generator]:

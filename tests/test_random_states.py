@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_graddiv.random_states import RandomStates, generators_of
+from lightning_graddiv.random_states import RandomStates, generators_of, random_states_put_back
 
 DRAWS = {
     "python": random.random,
@@ -81,6 +82,42 @@ def test_another_kind_of_numpys_generator():
         assert np.random.rand() == expected
     finally:
         np.random.set_bit_generator(mine)
+
+
+def test_a_kind_that_no_checkpoint_keeps_is_refused():
+    mine = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        with (
+            pytest.warns(RuntimeWarning, match="legacy"),
+            pytest.raises(MisconfigurationException, match="`PCG64`, given by"),
+        ):
+            RandomStates.now()
+    finally:
+        np.random.set_bit_generator(mine)
+
+
+def test_the_same_seed_again_after_other_states_came_back():
+    other = RandomStates.now()
+    for _ in range(2):
+        np.random.seed(1)
+        random.seed(1)
+        first = RandomStates.now()
+        other.restore()
+    np.random.seed(1)
+    random.seed(1)
+    assert first.is_equal_to(RandomStates.now())
+    assert not other.is_equal_to(RandomStates.now())
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("seed", [None, 5])
+def test_they_are_put_back(name, seed):
+    DRAWS[name]()  # a normal number is kept for the next
+    before = RandomStates.now()
+    with random_states_put_back(seed):
+        DRAWS[name]()
+    assert before.is_equal_to(RandomStates.now())
 
 
 def test_generators_of_the_users():

@@ -35,6 +35,9 @@ from lightning_graddiv.policies import DiversityBound, Policy, RunState
 from lightning_graddiv.random_states import RandomStates
 from lightning_graddiv.window import MIN_PROBES_KEPT_BY_AGE
 
+_SURE = 0.95
+"""Confidence of a warning, which one batch too early makes untrue; of growth it only costs examples."""
+
 
 class AdaptiveBatchSize(GradientDiversityMonitor):
     """Grow the effective batch size while it stays under the measured batch-size bound.
@@ -377,7 +380,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         """Prepare to grow if the policy allows the whole factor: from the first window that is not drawn yet."""
         resizer = self._running()
         if not self.history:
-            self._decision.warn_of_a_start_too_large(estimate, self.batch_size, self._refusals)
+            sure = self._window.estimate(self._dataset_size, max(self.confidence, _SURE))
+            self._decision.warn_of_a_start_too_large(sure, self.batch_size, self._refusals)
         if self._pending is not None or not self._has_measured_enough():
             return
         run, device = self._run_state(trainer), trainer.strategy.root_device

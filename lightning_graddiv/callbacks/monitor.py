@@ -257,7 +257,8 @@ class GradientDiversityMonitor(Callback):
             self._stopwatch.end_step(trainer.strategy.root_device, is_measured=self._is_measured_step)
         moments, self._measured = self._measured, None
         if moments is not None and self.latest is not None:
-            self._publish(trainer, self.latest)
+            with self._stopwatch.measuring(trainer.strategy.root_device):
+                self._publish(trainer, self.latest)
             self.on_estimate(trainer, pl_module, self.latest)
 
     @override

@@ -5,7 +5,7 @@ parts, and noise of different shapes would hide it.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_graddiv.per_example.guard import WriteGuard
 from lightning_graddiv.per_example.modes import OperatorMode
-from lightning_graddiv.random_states import state_of_numpy, state_of_python
+from lightning_graddiv.random_states import memory_of_numpy, memory_of_python
 
 # Seeds from which the first numbers of both random.random() and numpy.random.rand() are below 0.15, above 0.85.
 _LOW_SEED, _HIGH_SEED = 3820, 38554
@@ -29,7 +29,7 @@ class Noise:
     def __init__(self, seed: int) -> None:
         self.drawn = False
         self._seed = seed
-        self._states: tuple[Any, Any] | None = None
+        self._states: tuple[Hashable, Hashable] | None = None
 
     def restart(self) -> None:
         """Set back the generators that do not obey torch."""
@@ -40,8 +40,7 @@ class Noise:
 
     def look(self) -> None:
         """See whether they were used."""
-        if self._states is not None:
-            self.drawn |= any(now is not then for now, then in zip(_states_outside_torch(), self._states, strict=True))
+        self.drawn |= self._states is not None and self._states != _states_outside_torch()
 
 
 _active: list[Noise] = []
@@ -74,8 +73,11 @@ def restart_noise() -> None:
         noise.restart()
 
 
-def _states_outside_torch() -> tuple[Any, Any]:
-    return state_of_python(), state_of_numpy()
+def _states_outside_torch() -> tuple[Hashable, Hashable]:
+    """Return what can be compared: where the states lie, which takes less time than to ask for them."""
+    python, numpy = memory_of_python(), memory_of_numpy()
+    of_numpy: Any = np.random.get_state
+    return python or random.getstate(), numpy or str(of_numpy(legacy=False))
 
 
 class _NoiseOff(OperatorMode):

@@ -140,6 +140,15 @@ def test_noise_from_outside_torch_is_noticed_and_begins_the_same_in_every_step(d
     assert noise.drawn
 
 
+def test_a_normal_number_that_was_kept_before_is_no_noise():
+    np.random.seed(0)
+    np.random.randn()
+    with noise_off() as noise:
+        for _ in range(3):
+            restart_noise()
+    assert not noise.drawn
+
+
 def test_steps_outside_of_a_check_keep_their_noise():
     random.seed(1)
     first = random.random()
