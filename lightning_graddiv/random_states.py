@@ -161,7 +161,7 @@ def memory_of_python() -> Hashable:
     if sys.implementation.name != "cpython" or type(generator) is not random.Random:
         return None
     words = string_at(id(generator) + _HEADER, _random.Random.__basicsize__ - _HEADER)
-    return id(generator), words, generator.gauss_next
+    return id(generator), words, getattr(generator, "gauss_next", None)
 
 
 def memory_of_numpy() -> Hashable:
