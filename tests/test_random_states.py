@@ -52,7 +52,7 @@ def test_a_normal_number_that_numpy_keeps():
     np.random.randn()
     keeps = RandomStates.now()
     second = np.random.randn()
-    for _ in range(2):  # the second time it is recognised by its words
+    for _ in range(2):  # the second time it is remembered
         RandomStates.now()
     keeps.restore()
     again = RandomStates.now()

@@ -211,6 +211,12 @@ class TestGrowth:
             fit(adaptive(max_batch_size=64), module=AuditModule(2), train=data)
         assert len(messages) == 1
 
+    def test_a_start_at_the_bound_is_not_said_to_be_above_it_by_an_unsure_interval(self):
+        seed_everything(0, verbose=False)
+        data = DataLoader(TensorDataset(torch.eye(3).repeat(32, 1)), 4, shuffle=True)  # 4 = delta * 3 + 1
+        # A warning would be an error.
+        fit(adaptive(max_batch_size=4, confidence=0.01), module=AuditModule(3), train=data)
+
     def test_idle_training_is_bit_identical(self):
         plain, _ = train_everything()
         idle, _ = train_everything(AdaptiveBatchSize(every_n_steps=10**9, max_batch_size=64))
