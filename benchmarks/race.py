@@ -405,11 +405,14 @@ def without_folders(command: Sequence[str]) -> list[str]:
 
 def run_track(race: Race, options: argparse.Namespace, command: Sequence[str]) -> None:
     names = chosen(race.track, options.contestants)
-    tuned = tune_all(race, names)
-    finals = race.compare_again(tuned)
+    known = [name for name in chosen(race.track, options.tuned) if name in names] if options.tuned else []
+    before = tuned_before(race, known)
+    tuned = tune_all(race, [name for name in names if name not in known])
+    found = tuned, race.compare_again(tuned)
+    tuned, finals = ({name: (new | old)[name] for name in names} for new, old in zip(found, before, strict=True))
     entrants = entrants_of(finals)
     grids = {"tuning": grids_for_results(tuned), "finals": grids_for_results(finals)}
-    entry = {**described(race, command), **grids, "entrants": entrants}
+    entry = {**described(race, command), **grids, "tuned_before": known, "entrants": entrants}
     if not options.tune_only:
         entry["runs"] = race.race(entrants, range(options.seeds))
     save(options.results / "race.json", race.track.name, {**entry, "failed": race.runs.failed})
@@ -430,12 +433,30 @@ def run_quick(race: Race, options: argparse.Namespace, command: Sequence[str]) -
         print(f"{name:22} seconds to {100 * race.target:g} %: {reached}")
 
 
-def raced_rates(track: Track) -> dict[str, tuple[str, float]]:
-    """Return the committed race's entrants on a track."""
+def committed(track: Track) -> Mapping[str, Any]:
+    """Return what the committed results hold of a track."""
     path = ROOT / "benchmarks" / "results" / "race.json"
     tracks = json.loads(path.read_text())["tracks"] if path.exists() else {}
-    found = tracks.get(track.name, {}).get("entrants", {})
+    return tracks.get(track.name, {})
+
+
+def raced_rates(track: Track) -> dict[str, tuple[str, float]]:
+    """Return the committed race's entrants on a track."""
+    found = committed(track).get("entrants", {})
     return {name: (contestant, rate) for name, (contestant, rate) in found.items()}
+
+
+def tuned_before(race: Race, names: Sequence[str]) -> list[dict[str, dict[float, Result]]]:
+    """Return the committed grids of those contestants and of their best rates, of the same training."""
+    entry, track = committed(race.track), race.track
+    asked = {**track.settings(), "epochs": race.epochs, "target": race.target}
+    as_committed = {name: entry.get("settings", {}).get(name) for name in asked if name not in {"racing", "tuning"}}
+    is_same = all(as_text(asked[name]) == as_text(value) for name, value in as_committed.items())
+    missing = [name for name in names if name not in entry.get("finals", {})]
+    if names and (missing or not is_same):
+        reason = f"not of {', '.join(missing)}" if missing else "of another training"
+        raise SystemExit(f"--tuned: the committed results of {track.name} are {reason}.")
+    return [{name: {row["rate"]: row for row in entry[grid][name]} for name in names} for grid in ("tuning", "finals")]
 
 
 def run_sweep(race: Race, options: argparse.Namespace, command: Sequence[str]) -> None:
@@ -461,6 +482,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--track", nargs="+", choices=TRACKS, help="default: all; with --quick and --sweep: fashion-mlp"
     )
     parser.add_argument("--contestants", nargs="+", help="names, or `best fixed` and `DiveBatch`; default: all")
+    parser.add_argument("--tuned", nargs="+", help="those whose tuning the committed results hold")
     parser.add_argument("--seeds", type=int, help="default 5, with --quick 2, with --sweep 3")
     parser.add_argument("--epochs", type=int, help="instead of the track's")
     parser.add_argument("--target", type=float, help="accuracy to reach, instead of the track's")
