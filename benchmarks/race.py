@@ -289,13 +289,15 @@ def grid_around(track: Track, contestant: Contestant) -> list[float]:
     return [middle * 2.0**power for power in range(-(track.grid // 2), track.grid - track.grid // 2)]
 
 
-def tune_all(race: Race, names: Sequence[str]) -> dict[str, dict[float, Result]]:
-    """Tune every contestant; the large batch comes last, since its grid hangs on the small one's rate."""
+def tune_all(
+    race: Race, names: Sequence[str], known: Mapping[str, Mapping[float, Result]]
+) -> dict[str, Mapping[float, Result]]:
+    """Tune every contestant but the known ones; the large batch comes last: its grid hangs on the small one's rate."""
     track = race.track
     needed = dict.fromkeys([*(["small"] if "large" in names else []), *names])
-    first = {name: grid_around(track, CONTESTANTS[name]) for name in needed if name != "large"}
-    found = race.tune(first)
-    if "large" in names:
+    first = {name: grid_around(track, CONTESTANTS[name]) for name in needed if name not in {"large", *known}}
+    found: dict[str, Mapping[float, Result]] = {**known, **race.tune(first)}
+    if "large" in names and "large" not in known:
         small = best_rate(found["small"])
         if small is None:
             raise SystemExit("No run of the small batch came to an end: there is no rate to scale for the large one.")
@@ -406,10 +408,10 @@ def without_folders(command: Sequence[str]) -> list[str]:
 def run_track(race: Race, options: argparse.Namespace, command: Sequence[str]) -> None:
     names = chosen(race.track, options.contestants)
     known = [name for name in chosen(race.track, options.tuned) if name in names] if options.tuned else []
-    before = tuned_before(race, known)
-    tuned = tune_all(race, [name for name in names if name not in known])
-    found = tuned, race.compare_again(tuned)
-    tuned, finals = ({name: (new | old)[name] for name in names} for new, old in zip(found, before, strict=True))
+    known_tuning, known_finals = tuned_before(race, known)
+    tuned = tune_all(race, names, known_tuning)
+    found = race.compare_again({name: tuned[name] for name in names if name not in known}) | known_finals
+    finals = {name: found[name] for name in names}
     entrants = entrants_of(finals)
     grids = {"tuning": grids_for_results(tuned), "finals": grids_for_results(finals)}
     entry = {**described(race, command), **grids, "tuned_before": known, "entrants": entrants}

@@ -220,6 +220,31 @@ def test_a_race_runs_from_tuning_to_tables_and_goes_on_where_it_was(digits_track
     assert (tmp_path / "race.png").stat().st_size > 10_000
 
 
+def test_a_race_takes_over_what_was_tuned_for_the_one_before(digits_track, tmp_path, monkeypatch):
+    import race
+
+    monkeypatch.setattr(race, "ROOT", tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    command = ["--track", "digits", "--seeds", "1", "--results", str(results)]
+    race.main([*command, "--out", str(tmp_path / "before"), "--contestants", "small", "best fixed"])
+    before = json.loads((results / "race.json").read_text())["tracks"]["digits"]
+
+    plans, run = [], race.run
+    monkeypatch.setattr(race, "run", lambda plan: plans.append(plan) or run(plan))
+    again = [*command, "--out", str(tmp_path / "again"), "--tuned", "small", "best fixed"]
+    race.main([*again, "--contestants", "small", "best fixed", "large"])
+    after = json.loads((results / "race.json").read_text())["tracks"]["digits"]
+    assert after["tuned_before"] == ["small", "fixed 32"]
+    assert {plan.contestant for plan in plans if plan.ends_at_target} == {"large"}
+    assert {plan.contestant for plan in plans if not plan.ends_at_target} == {"small", "fixed 32", "large"}
+    assert {name: after["finals"][name] for name in before["finals"]} == before["finals"]
+
+    with pytest.raises(SystemExit, match="of another training"):
+        race.main([*again, "--target", "0.5"])
+    with pytest.raises(SystemExit, match="not of Doubling"):
+        race.main([*command, "--out", str(tmp_path / "again"), "--contestants", "Doubling", "--tuned", "Doubling"])
+
+
 def test_a_run_that_fails_is_told_with_its_traceback(digits_track, tmp_path, capsys, monkeypatch):
     import race
     import race_run
