@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -381,7 +382,7 @@ def described(race: Race, command: Sequence[str]) -> dict[str, Any]:
     track = race.track
     return {
         "title": track.title,
-        "command": " ".join(["python benchmarks/race.py", *without_folders(command)]),
+        "command": shlex.join(["python", "benchmarks/race.py", *without_folders(command)]),
         **environment(),
         "settings": {
             **track.settings(),
