@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_graddiv.diversity import (
-    MIN_PROBES_FOR_INTERVAL,
-    DiversityEstimate,
-    GradientMoments,
-    estimate_diversity,
-)
+from lightning_graddiv.diversity import DiversityEstimate, GradientMoments, estimate_diversity
 from lightning_graddiv.jackknife import jackknife_standard_error, student_t_quantile, sums_without_each
 from lightning_graddiv.theory import stability_learning_rate_cap
+
+MIN_PROBES_FOR_CAP = 4
+"""With fewer, the interval of the learning rate is everything: a root of their pooled sums is not near to normal."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class StabilityEstimate:
         if math.isinf(cap):
             return LearningRateCap(cap, cap, cap)
         k = len(self.probes)
-        if k < MIN_PROBES_FOR_INTERVAL:
+        if k < MIN_PROBES_FOR_CAP:
             return LearningRateCap(cap, 0.0, math.inf)
         others = zip(*(sums_without_each(values) for values in (inners, seconds, pairs)), strict=True)
         caps = [_cap(batch_size, *sums) for sums in others]

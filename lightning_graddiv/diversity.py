@@ -21,8 +21,9 @@ from torch import Tensor
 
 from lightning_graddiv.jackknife import jackknife_standard_error, student_t_quantile, sums_without_each
 
-# Below this many probes a jackknife says nothing about spread, and the interval is everything: [1, inf].
-MIN_PROBES_FOR_INTERVAL = 4
+# One probe says nothing about spread: the interval is everything, [1, inf]. Student's t makes up for how
+# little two say: their interval is wide, and covers as often as that of sixteen.
+MIN_PROBES_FOR_INTERVAL = 2
 
 
 def gradient_diversity(gradients: Tensor) -> Tensor:
@@ -203,8 +204,7 @@ def estimate_diversity(
         1 / B_S = 1/n + (1 - 1/n) rho             n = inf for a stream
 
     The interval is ``rho +- t * se`` mapped through the same line, with the delete-one jackknife over the
-    probes and Student's t; fewer than four probes give ``[1, inf]``. One probe with ``M = n`` is exactly
-    Definition 5.
+    probes and Student's t; a single probe gives ``[1, inf]``. One probe with ``M = n`` is exactly Definition 5.
 
     Args:
         probes: Moments of unit gradients, one per measurement. Those with ``count <= 1`` hold no pairs:

@@ -3,8 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, GradientMoments
+from lightning_graddiv.diversity import GradientMoments
 from lightning_graddiv.jackknife import jackknife_standard_error, sums_without_each
+
+_MIN_PROBES = 4
+"""With fewer, a number of standard errors says little: no quantile makes up for how roughly they are known."""
 
 
 def between_rank_excess(probes: Sequence[GradientMoments]) -> float:
@@ -28,7 +31,7 @@ def between_rank_excess(probes: Sequence[GradientMoments]) -> float:
 
     """
     groups = [group for group in map(_group_sums, probes) if group is not None]
-    if len(groups) < MIN_PROBES_FOR_INTERVAL:
+    if len(groups) < _MIN_PROBES:
         return 0.0
     columns = [list(column) for column in zip(*groups, strict=True)]
     difference = _between_minus_within(*map(math.fsum, columns))

@@ -259,15 +259,39 @@ class TestInterval:
                 inverse = 1 / n + (1 - 1 / n) * rho
                 assert end == pytest.approx(1 / inverse if inverse > 0 else math.inf, rel=1e-9)
 
-    @pytest.mark.parametrize("k", [1, 2, 3])
-    def test_fewer_than_four_probes_say_nothing_about_spread(self, k):
-        estimate = estimate_diversity(probes_of(gaussian(10 * k, 6), 10))
+    def test_a_single_probe_says_nothing_about_spread(self):
+        estimate = estimate_diversity(probes_of(gaussian(10, 6), 10))
         assert (estimate.lower, estimate.upper) == (1, math.inf)
 
-    def test_probes_without_pairs_do_not_count_towards_the_four(self):
-        estimate = estimate_diversity([*probes_of(gaussian(30, 6), 10), GradientMoments(1, 1.0, 1.0)])
+    def test_probes_without_pairs_do_not_count_towards_the_two(self):
+        estimate = estimate_diversity([*probes_of(gaussian(10, 6), 10), GradientMoments(1, 1.0, 1.0)])
         assert (estimate.lower, estimate.upper) == (1, math.inf)
-        assert estimate_diversity(probes_of(gaussian(40, 6), 10)).lower > 1
+        assert estimate_diversity(probes_of(gaussian(20, 6), 10), confidence=0.5).lower > 1
+
+    @pytest.mark.parametrize("confidence", [0.6, 0.9])
+    @pytest.mark.parametrize("has_heavy_tails", [False, True])
+    def test_that_of_two_probes_covers_as_often_as_that_of_many(self, has_heavy_tails, confidence):
+        """Probes of 8 gradients, a mean of length 1 and noise in 20 dimensions; lengths vary by a factor of e."""
+        rng, reps, size, dim = np.random.default_rng(5), 3000, 8, 20
+        rho = 1 / (dim + 1) * (math.exp(-1) if has_heavy_tails else 1.0)
+
+        def covered(k):
+            g = rng.standard_normal((reps, k, size, dim)) + np.eye(dim)[0]
+            if has_heavy_tails:
+                g *= np.exp(rng.standard_normal((reps, k, size, 1)))
+            first, second = np.square(g).sum((2, 3)), np.square(g.sum(2)).sum(2)
+            found = (
+                estimate_diversity(
+                    [GradientMoments(size, *sums) for sums in zip(*row, strict=True)], confidence=confidence
+                )
+                for row in zip(first, second, strict=True)
+            )
+            return np.mean([estimate.lower <= 1 / rho <= estimate.upper for estimate in found])
+
+        share, of_many = covered(2), covered(12)
+        error = math.sqrt(0.25 / reps)
+        assert share > of_many - 4 * error
+        assert share > confidence - 0.02
 
     def test_one_probe_that_holds_all_gradients_says_nothing_about_spread(self):
         estimate = estimate_diversity([GradientMoments(8, 0.0, 0.0)] * 7 + [GradientMoments(8, 8.0, 16.0)])

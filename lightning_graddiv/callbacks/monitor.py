@@ -63,7 +63,7 @@ class GradientDiversityMonitor(Callback):
         engine: ``"auto"``, ``"ghost"`` (in-band), ``"functional"``, ``"loop"`` or ``"microbatch"`` (between groups).
         max_examples: measure at most so many examples per process, where the step is run again. None: the whole
             micro-batch.
-        window: measurements that one estimate pools, at least 4. It restarts when the learning rate falls by half.
+        window: measurements that one estimate pools, at least 2. It restarts when the learning rate falls by half.
         confidence: of the two-sided interval.
         log_prefix: first part of the logged names.
 

@@ -25,9 +25,15 @@ from lightning_graddiv.callbacks.replay import SeenStep
 from lightning_graddiv.callbacks.report import report
 from lightning_graddiv.callbacks.stopwatch import Stopwatch
 from lightning_graddiv.callbacks.tap import TrainingStepTap
-from lightning_graddiv.differential import DifferentialMoments, LearningRateCap, StabilityEstimate, estimate_stability
+from lightning_graddiv.differential import (
+    MIN_PROBES_FOR_CAP,
+    DifferentialMoments,
+    LearningRateCap,
+    StabilityEstimate,
+    estimate_stability,
+)
 from lightning_graddiv.distributed import agreed_over_ranks, pool_over_ranks, summed_over_ranks
-from lightning_graddiv.diversity import MIN_PROBES_FOR_INTERVAL, GradientMoments, GradientSums
+from lightning_graddiv.diversity import GradientMoments, GradientSums
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.differential import DifferentialEngine
 
@@ -93,7 +99,7 @@ class DifferentialDiversityMonitor(Callback):
         require(is_lag, "lag", f"None or between 1 and every_n_steps = {every_n_steps}", lag)
         require(0 < decay < 1, "decay", "between 0 and 1", decay)
         require(max_examples is None or max_examples >= 2, "max_examples", "None or at least 2", max_examples)
-        require(window >= MIN_PROBES_FOR_INTERVAL, "window", f"at least {MIN_PROBES_FOR_INTERVAL}", window)
+        require(window >= MIN_PROBES_FOR_CAP, "window", f"at least {MIN_PROBES_FOR_CAP}", window)
         require(0 < confidence < 1, "confidence", "between 0 and 1", confidence)
         require(bool(log_prefix), "log_prefix", "a name", log_prefix)
         self.every_n_steps = every_n_steps

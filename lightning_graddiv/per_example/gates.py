@@ -21,7 +21,7 @@ _sigmoid_slope_into = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_slope_into = torch.ops.aten.tanh_backward.grad_input
 
 _PARTS = 4
-"""In which a sequence is gone through where a copy of all its positions would be the peak of memory."""
+"""In which a sequence is gone back through: slopes of all its positions at once would be the peak of memory."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scan:
 
     Attributes:
         inputs: x_t, shape (T, n, in).
-        before: h_{t-1}, shape (T, n, H).
+        start: h_0, shape (n, H).
         after: h_t, shape (T, n, H).
         cell: c_0, shape (n, H); only an LSTM looks at it.
         weights: of the input, (g H, in), and of h, (g H, H), followed by their biases where there are any.
@@ -40,13 +40,20 @@ class Scan:
     """
 
     inputs: Tensor
-    before: Tensor
+    start: Tensor
     after: Tensor
     cell: Tensor
     weights: tuple[Tensor, ...]
     of_outputs: Tensor
     of_hidden: Tensor
     of_cell: Tensor
+
+    @property
+    def before(self) -> Tensor:
+        """h_{t-1}, shape (T, n, H): copied whenever it is asked for, and not held on the way back."""
+        before = torch.empty_like(self.after)  # which keeps the order in memory
+        before[0], before[1:] = self.start, self.after[:-1]
+        return before
 
     def sides(self, gates: int) -> tuple[Tensor, Tensor]:
         """Return ``x W' + b`` and ``h W' + b`` for all positions, shape (T, n, g, H)."""
@@ -81,40 +88,50 @@ def _product(values: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
 def lstm_gates(scan: Scan) -> tuple[Tensor, Tensor]:
     """``c_t = f c_{t-1} + i g``, ``h_t = o tanh(c_t)``.
 
-    Where the gates were, their slopes come to lie, and then their gradients: no more memory is used than for both.
+    Where the gates were, their slopes come to lie, and then their gradients: little more memory is used than for both.
     """
     gates = scan.sum(4)
     gates[:, :, 2].mul_(2)
     gates.sigmoid_()  # of all at once: tanh(x) = 2 sigmoid(2x) - 1
     i, f, g, o = gates.unbind(2)
     g.mul_(2).sub_(1)
-    cells = torch.cat([scan.cell[None], i * g])
+    cells = gates.new_empty(len(gates) + 1, *scan.cell.shape)
+    cells[0] = scan.cell
+    torch.mul(i, g, out=cells[1:])
     for before, after, kept in zip(cells[:-1], cells[1:], f, strict=True):
         after.addcmul_(kept, before)
-    kept = f.clone()
-    _sigmoid_slope_into(cells[:-1], f, grad_input=f)
-    to_cell = cells[1:].tanh_()
-    _to_slopes(o, to_cell)
-    _to_slopes(i, g)
     of_hidden, of_cell = scan.of_hidden, scan.of_cell
-    before_cell, after_cell = gates[:, :, :3].unbind(0), o.unbind(0)
-    for t in reversed(range(len(gates))):
-        of_cell = torch.addcmul(of_cell, of_hidden, to_cell[t])
-        before_cell[t].mul_(of_cell.unsqueeze(1))
-        after_cell[t].mul_(of_hidden)
-        if t > 0:
-            of_hidden, of_cell = scan.back(gates[t], t), of_cell * kept[t]
+    some = math.ceil(len(gates) / _PARTS)
+    for start in reversed(range(0, len(gates), some)):
+        part = slice(start, start + some)
+        to_cell, kept = _lstm_slopes(gates[part], cells[start : start + some + 1])
+        before_cell, after_cell = gates[part, :, :3].unbind(0), o[part].unbind(0)
+        for t in reversed(range(len(to_cell))):
+            of_cell = torch.addcmul(of_cell, of_hidden, to_cell[t])
+            before_cell[t].mul_(of_cell.unsqueeze(1))
+            after_cell[t].mul_(of_hidden)
+            if start + t > 0:
+                of_hidden, of_cell = scan.back(gates[start + t], start + t), of_cell * kept[t]
     found = gates.flatten(2)
     return found, found
 
 
-def _to_slopes(sigmoid: Tensor, tanh: Tensor) -> None:
-    """Put in the place of two factors the slopes of their product by what went into each; a few positions at a time."""
-    some = math.ceil(len(sigmoid) / _PARTS)
-    for s, t in zip(sigmoid.split(some), tanh.split(some), strict=True):
-        of_sigmoid = _through_sigmoid(t, s)
-        _tanh_slope_into(s, t, grad_input=t)
-        s.copy_(of_sigmoid)
+def _lstm_slopes(gates: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Put slopes in the place of some positions' gates; return how h follows c there, and the share of c that is kept.
+
+    Args:
+        gates: i, f, g and o, shape (t, n, 4, H).
+        cells: c before each of them and after the last, shape (t + 1, n, H); all but the first are overwritten.
+    """
+    i, f, g, o = gates.unbind(2)
+    kept = f.clone()
+    _sigmoid_slope_into(cells[:-1], f, grad_input=f)
+    to_cell = cells[1:].tanh_()
+    for sigmoid, tanh in ((o, to_cell), (i, g)):
+        of_sigmoid = _through_sigmoid(tanh, sigmoid)
+        _tanh_slope_into(sigmoid, tanh, grad_input=tanh)
+        sigmoid.copy_(of_sigmoid)
+    return to_cell, kept
 
 
 def gru_gates(scan: Scan) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def recurrent_cell(
     before = torch.zeros_like(call.output) if call.states[0] is None else call.states[0]
     scan = Scan(
         inputs=call.inputs.unsqueeze(0),
-        before=before.unsqueeze(0),
+        start=before,
         after=call.output.unsqueeze(0),
         cell=before,
         weights=call.weights,
@@ -223,11 +223,9 @@ class _Stack:
         own = slice(direction * units, (direction + 1) * units)
         after = _turned(self._values[depth + 1][..., own], direction)
         of_outputs = _turned(of_output[..., own], direction)
-        before = torch.empty_like(after)  # which keeps the order in memory
-        before[0], before[1:] = self._states[0][index], after[:-1]
         return Scan(
             inputs=_turned(self._values[depth], direction),
-            before=before,
+            start=self._states[0][index],
             after=after,
             cell=self._states[-1][index],
             weights=self._weights_of(index),

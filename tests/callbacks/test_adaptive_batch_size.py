@@ -27,7 +27,7 @@ EXAMPLES = 64
 
 
 def adaptive(**kwargs):
-    defaults = {"every_n_steps": 1, "max_batch_size": 16, "delta": 1.0, "cooldown": 0, "warm_in": 0}
+    defaults = {"every_n_steps": 1, "max_batch_size": 16, "delta": 1.0, "cooldown": 4, "warm_in": 0}
     return AdaptiveBatchSize(**{**defaults, **kwargs})
 
 
@@ -141,9 +141,9 @@ class TestGrowth:
         module, _ = fit(callback)
         assert sizes_by_epoch(module) == [4, 8, 8, 8]
 
-    def test_waits_for_four_probes(self):
-        module, _ = fit(adaptive(every_n_steps=6))
-        assert sizes(module.steps)[:25] == [4] * 24 + [8]
+    def test_waits_for_two_probes_where_it_need_not_cool_down(self):
+        module, _ = fit(adaptive(every_n_steps=6, cooldown=0))
+        assert sizes(module.steps)[:13] == [4] * 12 + [8]
 
     def test_waits_for_as_many_probes_as_it_cools_down(self):
         module, _ = fit(adaptive(cooldown=17))  # of a window of 16, eight are enough for the first growth
@@ -179,7 +179,7 @@ class TestGrowth:
             asked.append(run)
             return 8.0 if run.epoch >= 2 else 4.0
 
-        callback = adaptive(policy=policy)
+        callback = adaptive(policy=policy, cooldown=0)
         module, _ = fit(callback)
         assert sizes(module.steps) == [4] * 33 + [8] * 7 + [4] + [8] * 8
         run = asked[31]
@@ -314,7 +314,7 @@ class TestTheEpochStaysAnEpoch:
         assert trainer.current_epoch == 8
 
     def test_a_fraction_of_an_epoch_holds_a_whole_batch(self):
-        callback = adaptive(max_batch_size=512, policy=lambda estimate, run: math.inf)
+        callback = adaptive(cooldown=0, max_batch_size=512, policy=lambda estimate, run: math.inf)
         with warned("an epoch does not hold"):
             fit(callback, limit_train_batches=0.25, epochs=6)
         assert callback.batch_size == 16

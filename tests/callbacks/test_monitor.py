@@ -91,7 +91,7 @@ class TestArguments:
             ({"every_n_steps": 0}, "every_n_steps"),
             ({"engine": "magic"}, "engine"),
             ({"max_examples": 1}, "max_examples"),
-            ({"window": 3}, "window"),
+            ({"window": 1}, "window"),
             ({"confidence": 0.0}, "confidence"),
             ({"confidence": 1.0}, "confidence"),
             ({"log_prefix": ""}, "log_prefix"),
