@@ -295,10 +295,11 @@ def tune_all(
 ) -> dict[str, Mapping[float, Result]]:
     """Tune every contestant but the known ones; the large batch comes last: its grid hangs on the small one's rate."""
     track = race.track
-    needed = dict.fromkeys([*(["small"] if "large" in names else []), *names])
+    needs_small = "large" in names and "large" not in known
+    needed = dict.fromkeys([*(["small"] if needs_small else []), *names])
     first = {name: grid_around(track, CONTESTANTS[name]) for name in needed if name not in {"large", *known}}
     found: dict[str, Mapping[float, Result]] = {**known, **race.tune(first)}
-    if "large" in names and "large" not in known:
+    if needs_small:
         small = best_rate(found["small"])
         if small is None:
             raise SystemExit("No run of the small batch came to an end: there is no rate to scale for the large one.")
@@ -408,14 +409,19 @@ def without_folders(command: Sequence[str]) -> list[str]:
 
 def run_track(race: Race, options: argparse.Namespace, command: Sequence[str]) -> None:
     names = chosen(race.track, options.contestants)
-    known = [name for name in chosen(race.track, options.tuned) if name in names] if options.tuned else []
+    known = chosen(race.track, options.tuned) if options.tuned else []
     known_tuning, known_finals = tuned_before(race, known)
     tuned = tune_all(race, names, known_tuning)
-    found = race.compare_again({name: tuned[name] for name in names if name not in known}) | known_finals
-    finals = {name: found[name] for name in names}
+    finals = race.compare_again({name: tuned[name] for name in names if name not in known})
+    finals = {name: (finals | known_finals)[name] for name in names}
     entrants = entrants_of(finals)
     grids = {"tuning": grids_for_results(tuned), "finals": grids_for_results(finals)}
-    entry = {**described(race, command), **grids, "tuned_before": known, "entrants": entrants}
+    entry = {
+        **described(race, command),
+        **grids,
+        "tuned_before": [name for name in names if name in known],
+        "entrants": entrants,
+    }
     if not options.tune_only:
         entry["runs"] = race.race(entrants, range(options.seeds))
     save(options.results / "race.json", race.track.name, {**entry, "failed": race.runs.failed})
@@ -450,15 +456,18 @@ def raced_rates(track: Track) -> dict[str, tuple[str, float]]:
 
 
 def tuned_before(race: Race, names: Sequence[str]) -> list[dict[str, dict[float, Result]]]:
-    """Return the committed grids of those contestants and of their best rates, of the same training."""
-    entry, track = committed(race.track), race.track
-    asked = {**track.settings(), "epochs": race.epochs, "target": race.target}
-    as_committed = {name: entry.get("settings", {}).get(name) for name in asked if name not in {"racing", "tuning"}}
-    is_same = all(as_text(asked[name]) == as_text(value) for name, value in as_committed.items())
+    """Return the committed grids of those contestants and of their best rates.
+
+    They must be of the same training. The callback's arguments may have been others then.
+    """
+    entry, asked = committed(race.track), described(race, ())["settings"]
+    fixed = asked.keys() - {"tuning", "racing", "overrides"}
+    then = entry.get("settings", {})
+    others = [name for name in sorted(fixed) if as_text(asked[name]) != as_text(then.get(name))]
     missing = [name for name in names if name not in entry.get("finals", {})]
-    if names and (missing or not is_same):
-        reason = f"not of {', '.join(missing)}" if missing else "of another training"
-        raise SystemExit(f"--tuned: the committed results of {track.name} are {reason}.")
+    if names and (missing or others):
+        reason = f"not of {', '.join(missing)}" if missing else f"of another training ({', '.join(others)})"
+        raise SystemExit(f"--tuned: the committed results of {race.track.name} are {reason}.")
     return [{name: {row["rate"]: row for row in entry[grid][name]} for name in names} for grid in ("tuning", "finals")]
 
 
@@ -485,7 +494,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--track", nargs="+", choices=TRACKS, help="default: all; with --quick and --sweep: fashion-mlp"
     )
     parser.add_argument("--contestants", nargs="+", help="names, or `best fixed` and `DiveBatch`; default: all")
-    parser.add_argument("--tuned", nargs="+", help="those whose tuning the committed results hold")
+    parser.add_argument("--tuned", nargs="+", help="those not to tune again: as in the committed results")
     parser.add_argument("--seeds", type=int, help="default 5, with --quick 2, with --sweep 3")
     parser.add_argument("--epochs", type=int, help="instead of the track's")
     parser.add_argument("--target", type=float, help="accuracy to reach, instead of the track's")
@@ -501,6 +510,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         kind = {"confidence": float, "scale_lr": str}.get(name, int)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="of AdaptiveBatchSize")
     options = parser.parse_args(arguments)
+    if options.tuned and (options.quick or options.sweep):
+        parser.error("--tuned is of a whole race: --quick and --sweep tune nothing.")
     options.track = options.track or (["fashion-mlp"] if options.quick or options.sweep else list(TRACKS))
     options.seeds = options.seeds or (2 if options.quick else 3 if options.sweep else 5)
     return options

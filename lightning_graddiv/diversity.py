@@ -25,6 +25,10 @@ from lightning_graddiv.jackknife import jackknife_standard_error, student_t_quan
 # little two say: their interval is wide, and covers as often as that of sixteen.
 MIN_PROBES_FOR_INTERVAL = 2
 
+# Fewer that agree to the last digit do so by chance, as one-hot gradients may: no sign that there is no spread.
+_MIN_PROBES_WITHOUT_SPREAD = 4
+_SAME = 1e-9
+
 
 def gradient_diversity(gradients: Tensor) -> Tensor:
     """Gradient diversity of a set of examples at one weight vector (Definition 4).
@@ -204,7 +208,8 @@ def estimate_diversity(
         1 / B_S = 1/n + (1 - 1/n) rho             n = inf for a stream
 
     The interval is ``rho +- t * se`` mapped through the same line, with the delete-one jackknife over the
-    probes and Student's t; a single probe gives ``[1, inf]``. One probe with ``M = n`` is exactly Definition 5.
+    probes and Student's t. A single probe gives ``[1, inf]``, and so do two or three that are alike: that
+    may be chance. One probe with ``M = n`` is exactly Definition 5.
 
     Args:
         probes: Moments of unit gradients, one per measurement. Those with ``count <= 1`` hold no pairs:
@@ -306,4 +311,6 @@ def _margin(signals: list[float], second_moments: list[float], confidence: float
     if min(denominators) <= 0:
         return math.inf  # one probe alone has gradients
     rhos = [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
+    if k < _MIN_PROBES_WITHOUT_SPREAD and max(rhos) - min(rhos) <= _SAME * max(map(abs, rhos)):
+        return math.inf
     return student_t_quantile(k - 1, confidence) * jackknife_standard_error(rhos)

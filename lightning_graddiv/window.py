@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_graddiv.diversity import DiversityEstimate, GradientMoments, estimate_diversity
 
-# Old probes are better than an interval from three: age alone never leaves fewer than this.
+# Old probes are better than the wide interval of a few: age alone never leaves fewer than this.
 MIN_PROBES_KEPT_BY_AGE = 8
 
 

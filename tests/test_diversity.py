@@ -276,22 +276,29 @@ class TestInterval:
         rho = 1 / (dim + 1) * (math.exp(-1) if has_heavy_tails else 1.0)
 
         def covered(k):
+            """By the interval, and by all that is above its lower end."""
             g = rng.standard_normal((reps, k, size, dim)) + np.eye(dim)[0]
             if has_heavy_tails:
                 g *= np.exp(rng.standard_normal((reps, k, size, 1)))
             first, second = np.square(g).sum((2, 3)), np.square(g.sum(2)).sum(2)
-            found = (
-                estimate_diversity(
-                    [GradientMoments(size, *sums) for sums in zip(*row, strict=True)], confidence=confidence
-                )
-                for row in zip(first, second, strict=True)
-            )
-            return np.mean([estimate.lower <= 1 / rho <= estimate.upper for estimate in found])
+            found = []
+            for row in zip(first, second, strict=True):
+                probes = [GradientMoments(size, *sums) for sums in zip(*row, strict=True)]
+                estimate = estimate_diversity(probes, confidence=confidence)
+                found.append((estimate.lower <= 1 / rho <= estimate.upper, estimate.lower <= 1 / rho))
+            return np.mean(found, 0)
 
-        share, of_many = covered(2), covered(12)
-        error = math.sqrt(0.25 / reps)
-        assert share > of_many - 4 * error
-        assert share > confidence - 0.02
+        few, many, wanted = covered(2), covered(16), np.array([confidence, (1 + confidence) / 2])
+        error = 4 * math.sqrt(0.25 / reps)
+        assert (few > many - error).all()
+        assert (few > wanted - 0.05).all()
+
+    @pytest.mark.parametrize("k", [2, 3])
+    def test_a_few_probes_that_are_alike_by_chance_say_nothing_about_spread(self, k):
+        one_hot = GradientMoments.from_gradients(torch.eye(8)[:2])
+        assert estimate_diversity([one_hot] * k).lower == 1
+        assert estimate_diversity([GradientMoments(4, 1.0, 2.0), GradientMoments(4, 3.0, 6.0)] * (k // 2)).lower == 1
+        assert estimate_diversity([one_hot] * 4).lower == math.inf
 
     def test_one_probe_that_holds_all_gradients_says_nothing_about_spread(self):
         estimate = estimate_diversity([GradientMoments(8, 0.0, 0.0)] * 7 + [GradientMoments(8, 8.0, 16.0)])

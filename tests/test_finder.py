@@ -503,7 +503,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
-            ({"probes": 3}, "probes"),
+            ({"probes": 1}, "probes"),
             ({"engine": "magic"}, "engine"),
             ({"confidence": 1.0}, "confidence"),
             ({"delta": 0.0}, "delta"),

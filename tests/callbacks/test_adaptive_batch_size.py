@@ -141,9 +141,13 @@ class TestGrowth:
         module, _ = fit(callback)
         assert sizes_by_epoch(module) == [4, 8, 8, 8]
 
-    def test_waits_for_two_probes_where_it_need_not_cool_down(self):
+    def test_waits_for_four_probes_where_they_are_alike(self):
         module, _ = fit(adaptive(every_n_steps=6, cooldown=0))
-        assert sizes(module.steps)[:13] == [4] * 12 + [8]
+        assert sizes(module.steps)[:25] == [4] * 24 + [8]
+
+    def test_waits_for_two_probes_where_that_is_the_cooldown(self):
+        module, _ = fit(adaptive(every_n_steps=3, cooldown=2, policy=lambda estimate, run: math.inf))
+        assert sizes(module.steps)[:13] == [4] * 6 + [8] * 6 + [16]
 
     def test_waits_for_as_many_probes_as_it_cools_down(self):
         module, _ = fit(adaptive(cooldown=17))  # of a window of 16, eight are enough for the first growth
@@ -227,17 +231,19 @@ class TestNegativeControls:
     """Data of few distinct points has a small, known B_S: its number of points, as gradients are orthogonal."""
 
     @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-    def test_few_distinct_points_keep_the_batch_under_their_bound(self, seed):
+    @pytest.mark.parametrize("cooldown", [2, 4])
+    def test_few_distinct_points_keep_the_batch_under_their_bound(self, seed, cooldown):
         seed_everything(seed, verbose=False)
         data = DataLoader(TensorDataset(torch.eye(8).repeat(80, 1)), 2, shuffle=True)
-        callback = adaptive(max_batch_size=512, every_n_steps=4)
+        callback = adaptive(max_batch_size=512, every_n_steps=4, cooldown=cooldown)
         fit(callback, module=AuditModule(8), train=data, epochs=6)
         assert 2 < callback.batch_size <= 8
         for growth in callback.history:
             assert growth.to_batch_size <= 1.0 * growth.estimate.lower + 1
             assert growth.to_batch_size <= growth.allowed
 
-    def test_identical_examples_never_grow_the_batch(self):
+    @pytest.mark.parametrize("cooldown", [0, 4])
+    def test_identical_examples_never_grow_the_batch(self, cooldown):
         class Regression(LightningModule):
             def __init__(self):
                 super().__init__()
@@ -249,7 +255,7 @@ class TestNegativeControls:
             def configure_optimizers(self):
                 return torch.optim.SGD(self.parameters(), 1e-3)
 
-        callback = adaptive(max_batch_size=512)
+        callback = adaptive(max_batch_size=512, cooldown=cooldown)
         data = DataLoader(TensorDataset(torch.ones(64, 5)), 2, shuffle=True)
         fit(callback, module=Regression(), train=data, epochs=5)
         assert callback.history == []

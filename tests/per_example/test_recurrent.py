@@ -71,8 +71,8 @@ class Reader(nn.Module):
         return torch.cat([found[name].flatten(1) for name in self.used if name in found], 1)
 
 
-def batch_for(net, dtype, examples=N):
-    rows = [torch.randn(examples, T, WIDTH, dtype=dtype)]
+def batch_for(net, dtype, examples=N, length=T):
+    rows = [torch.randn(examples, length, WIDTH, dtype=dtype)]
     if getattr(net, "starts", False):
         directions = net.rnn.num_layers * (1 + net.rnn.bidirectional)
         rows += [torch.randn(examples, directions, UNITS, dtype=dtype) for _ in range(2)]
@@ -140,6 +140,14 @@ def test_each_example_contributes_what_it_does_alone_with_all_options(name, dtyp
         used = USED[number % 4] if name == "LSTM" else USED[number % 2]
         net = Reader(scaled_up(rnn), used, starts)
         assert_measured(net, batch_for(net, dtype), by=recorded)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 9, 16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_sequences_of_any_length_in_whatever_parts_the_way_back_is_taken(name, length):
+    rnn = LAYERS[name](WIDTH, UNITS, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    net = Reader(scaled_up(rnn), starts=True)
+    assert_measured(net, batch_for(net, torch.float64, length=length), by=recorded)
 
 
 @pytest.mark.parametrize("used", USED, ids="+".join)
