@@ -57,7 +57,7 @@ QUICK_RATES = {"small": 0.01, "fixed 256": 0.04, "Doubling": 0.01, DEFAULT: 0.01
 
 SWEEP: dict[str, tuple[Any, ...]] = {
     "every_n_steps": (20, 40, 80, 160),
-    "cooldown": (4, 8, 16),
+    "cooldown": (2, 4, 8),
     "window": (8, 16),
     "confidence": (0.6, 0.8, 0.9),
     "growth_factor": (2, 4),
