@@ -16,7 +16,7 @@ from lightning_graddiv.jackknife import jackknife_standard_error, student_t_quan
 from lightning_graddiv.theory import stability_learning_rate_cap
 
 MIN_PROBES_FOR_CAP = 4
-"""With fewer, the interval of the learning rate is everything: a root of their pooled sums is not near to normal."""
+"""With fewer, the interval of the learning rate is everything: whether it would cover has not been measured."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from lightning_graddiv.diversity import GradientMoments
 from lightning_graddiv.jackknife import jackknife_standard_error, sums_without_each
 
 _MIN_PROBES = 4
-"""With fewer, a number of standard errors says little: no quantile makes up for how roughly they are known."""
+"""With fewer, a number of standard errors says little: no quantile of Student's t makes up for how rough they are."""
 
 
 def between_rank_excess(probes: Sequence[GradientMoments]) -> float:

@@ -379,10 +379,12 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     def _decide(self, trainer: Trainer, estimate: DiversityEstimate, trial: MicroBatchTrial) -> None:
         """Prepare to grow if the policy allows the whole factor: from the first window that is not drawn yet."""
         resizer = self._running()
-        if not self.history and self._has_measured_enough():
+        if not self._has_measured_enough():
+            return
+        if not self.history:
             sure = self._window.estimate(self._dataset_size, max(self.confidence, _SURE))
             self._decision.warn_of_a_start_too_large(sure, self.batch_size, self._refusals)
-        if self._pending is not None or not self._has_measured_enough():
+        if self._pending is not None:
             return
         run, device = self._run_state(trainer), trainer.strategy.root_device
         at_most = self._stable_size(trainer, estimate)
