@@ -34,7 +34,9 @@ class Written(Callback):
     """Writes what each optimizer step was made of, and lets time pass in which a training can be killed."""
 
     def __init__(self, file: Path) -> None:
+        whole = "".join(whole_lines(file))
         self.file = file.open("a")
+        self.file.truncate(len(whole))  # a kill may have come in the middle of a line, before its step was saved
 
     def on_train_start(self, trainer, pl_module):
         self.steps = trainer.global_step
@@ -136,9 +138,14 @@ def main(folder: Path, processes: int, kills: int, seed: int, workers: int) -> N
 
 def written(folder: Path) -> int:
     """Return the last step that was written down."""
-    file = folder / "steps-0.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = whole_lines(folder / "steps-0.jsonl")
     return int(json.loads(lines[-1])[0]) if lines else 0
+
+
+def whole_lines(file: Path) -> list[str]:
+    """Return the lines that have been written to their end: one may be on its way, or have been cut off by a kill."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 if __name__ == "__main__":
