@@ -48,10 +48,13 @@ class Copier:
 
     def __call__(self, value: Any) -> Any:
         """Return the copy of ``value``, or ``value`` itself where it is shared."""
-        if isinstance(value, _ATOMS):
-            return value
         if id(value) in self._copies:
             return self._copies[id(value)]
+        kind = type(value)  # looked up first: what a module holds is mostly numbers, names and dictionaries of no hooks
+        if kind in _ATOMS:
+            return value
+        if kind in _PLAIN_CONTAINERS and not value:
+            return self._remember(value, value.copy())
         return self._copy(value)
 
     def _remember(self, value: Any, stand_in: Any) -> Any:
@@ -60,6 +63,8 @@ class Copier:
         return stand_in
 
     def _copy(self, value: Any) -> Any:
+        if isinstance(value, _ATOMS):
+            return value
         if type(value) in weakref.ProxyTypes:
             return self(value.__repr__.__self__)
         if isinstance(value, nn.Module):
