@@ -56,7 +56,7 @@ QUICK_RATES = {"small": 0.01, "fixed 256": 0.04, "Doubling": 0.01, DEFAULT: 0.01
 """Where no race has been run: what smoke runs say."""
 
 SWEEP: dict[str, tuple[Any, ...]] = {
-    "every_n_steps": (20, 40, 80, 160),
+    "every_n_steps": (25, 50, 100, 200),
     "cooldown": (2, 4, 8),
     "window": (8, 16),
     "confidence": (0.6, 0.8, 0.9),

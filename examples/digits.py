@@ -56,7 +56,7 @@ class Classifier(L.LightningModule):
 
 
 def adaptive_batch_size() -> AdaptiveBatchSize:
-    # An epoch of the small batch has 75 steps only, so measure more often than every 80 steps.
+    # An epoch of the small batch has 75 steps only, so measure more often than every 100 steps.
     return AdaptiveBatchSize(max_batch_size=LARGE, every_n_steps=4)
 
 

@@ -102,7 +102,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
 
     def __init__(
         self,
-        every_n_steps: int = 80,
+        every_n_steps: int = 100,
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,
@@ -114,7 +114,7 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
         policy: Policy | None = None,
         growth_factor: int = 2,
         max_micro_batch_size: int | None = None,
-        cooldown: int = 4,
+        cooldown: int = 2,
         scale_lr: LearningRateRule = "auto",
         warm_in: int = 20,
         merge_batches: bool = False,
