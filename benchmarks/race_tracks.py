@@ -213,6 +213,7 @@ TRACKS = {
             target=0.885,
             epochs=12,
             between=(64, 128, 256, 512, 1024),
+            tuning=Phase(jobs=1, threads=0),  # which fixed batch is best depends on what a step costs
             racing=Phase(jobs=1, threads=0),
         ),
         Track(
