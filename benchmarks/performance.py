@@ -13,7 +13,7 @@ MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 def in_training(models: dict[str, Any]) -> str:
     every = next(iter(models.values()))["training"]["every_n_steps"]
-    head = "| model | plain step, ms | measured over plain | with checks over plain | at the default cadence, "
+    head = "| model | plain step, ms | measured over plain | with checks over plain | share of the time, "
     lines = [f"{head}every {every} steps | peak memory | with checks |", "|---" * 7 + "|"]
     for name, found in models.items():
         t = found["training"]

@@ -7,8 +7,8 @@
 
 Every contestant first has its learning rate tuned, on a grid and a seed of its own; then all race with the same seeds:
 the same initial weights, the same order of the examples. The clock counts everything but evaluating, measuring too.
-Every finished run is kept in OUT/runs.jsonl, so that an interrupted race goes on where it was. Writes race.json (with
---sweep: race_defaults.json, with --quick: race_quick.json), one entry for each track.
+Every finished run is kept in OUT/runs.jsonl (with --sweep: sweep.jsonl), so that an interrupted race goes on where it
+was. Writes race.json (with --sweep: race_defaults.json, with --quick: race_quick.json), one entry for each track.
 """
 
 import argparse
@@ -504,7 +504,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--quick", action="store_true", help="a small race, at rates that were found before")
     mode.add_argument("--sweep", action="store_true", help="vary the callback's arguments one at a time")
     parser.add_argument("--data-dir", type=Path, help="folder of the images' usual files, instead of fetching them")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "race", help="folder of runs.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "race", help="folder of finished runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     for name in OVERRIDES:
         kind = {"confidence": float, "scale_lr": str}.get(name, int)
@@ -535,7 +535,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preset = QUICK if options.quick else {}
         race = Race(
             track,
-            Runs(options.out / "runs.jsonl"),
+            Runs(options.out / ("sweep.jsonl" if options.sweep else "runs.jsonl")),  # a race's may be of another hour
             epochs=options.epochs or preset.get("epochs", track.epochs),
             target=options.target or preset.get("target", track.target),
             overrides={key: getattr(options, key) for key in OVERRIDES if getattr(options, key) is not None},

@@ -74,7 +74,7 @@ class GradientDiversityMonitor(Callback):
 
     Example::
 
-        trainer = Trainer(callbacks=[GradientDiversityMonitor(every_n_steps=80)])
+        trainer = Trainer(callbacks=[GradientDiversityMonitor(every_n_steps=100)])
         trainer.fit(model, train_loader)
 
     Attributes:
@@ -87,7 +87,7 @@ class GradientDiversityMonitor(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 80,
+        every_n_steps: int = 100,
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,
