@@ -8,6 +8,7 @@ import warnings
 from dataclasses import asdict
 
 import torch
+import torch.multiprocessing as multiprocessing
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -367,4 +368,7 @@ RUNS = (
 
 
 if __name__ == "__main__":
+    # Workers that are forked from a process with the threads of a process group may hang; these are not.
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["tests.ddp_runs"])
     record(RUNS)
