@@ -14,6 +14,7 @@ import ctypes
 import gc
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -108,6 +110,10 @@ def now() -> float:
     return time.perf_counter()
 
 
+def give_back_what_is_free() -> None:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class PeakFrom(L.Callback):
     """Lets the peak of memory begin anew with a step: of the GPU that trains, or of this process (Linux, glibc)."""
 
@@ -120,7 +126,7 @@ class PeakFrom(L.Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before
+            give_back_what_is_free()
             Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -420,11 +426,13 @@ def growth_of_cost(quick: bool) -> dict[str, dict[str, float]]:
 def peak_memory(name: str, every_n_steps: int, first: int) -> float:
     """Return the most that training in a process of its own holds beyond what it held before, in MiB.
 
-    The middle one of three: what a small network takes differs by a third from one process to the next.
+    The middle one of three, with an allocator (glibc's) that gives back at once what is freed: what it keeps otherwise
+    differs by a third from one process to the next.
     """
     command = [sys.executable, __file__, "--memory-of", name, "--every-n-steps", str(every_n_steps)]
     command += ["--from-step", str(first)]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    env = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    runs = [subprocess.run(command, env=env, capture_output=True, text=True, check=True) for _ in range(3)]
     return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
@@ -460,9 +468,12 @@ FIRST_CHECKS = 3
 
 
 def held_by_training(name: str, every_n_steps: int, first: int) -> float:
-    train(Task("tiny", lambda: mlp_of_width(8).net(), TASKS["MLP"].batch), 8, 2)  # loads the code of both
+    task = TASKS[name]
+    train(replace(task, batch=lambda: tuple(part[:4] for part in task.batch())), 8, 2)  # loads the libraries' code
+    gc.collect()
+    give_back_what_is_free()
     before = kilobytes("VmRSS")
-    train(TASKS[name], 20, every_n_steps, callbacks=[PeakFrom(first)])
+    train(task, 20, every_n_steps, callbacks=[PeakFrom(first)])
     return (kilobytes("VmHWM") - before) / 1024
 
 
