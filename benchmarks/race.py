@@ -535,7 +535,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preset = QUICK if options.quick else {}
         race = Race(
             track,
-            Runs(options.out / ("sweep.jsonl" if options.sweep else "runs.jsonl")),  # a race's may be of another hour
+            Runs(options.out / ("sweep.jsonl" if options.sweep else "runs.jsonl")),  # not a race's of hours ago
             epochs=options.epochs or preset.get("epochs", track.epochs),
             target=options.target or preset.get("target", track.target),
             overrides={key: getattr(options, key) for key in OVERRIDES if getattr(options, key) is not None},

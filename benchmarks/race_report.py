@@ -256,7 +256,8 @@ def section(track: Mapping[str, Any]) -> str:
         parts.append(f"**{len(track['failed'])} runs failed** and are left out; their tracebacks are in the results.")
     parts += ["<details><summary>Learning rates tried</summary>", grids(track)]
     if track.get("tuned_before"):
-        parts.append(f"Tuned for an earlier race, with the same seeds: {', '.join(track['tuned_before'])}.")
+        names = ", ".join(track["tuned_before"])
+        parts.append(f"Tuned for an earlier race, with the same seeds, two runs at a time on a thread each: {names}.")
     parts.append("</details>")
     return "\n\n".join(part for part in parts if part)
 

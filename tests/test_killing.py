@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.killing import Written, written
+
 
 def kill(folder, processes, kills, workers, seed=0):
     arguments = [str(folder), *map(str, (processes, kills, seed, workers))]
@@ -40,6 +42,15 @@ def assert_the_same(folder, processes):
             assert all(other == made_of for other in again[step]), f"step {step}"
         assert json.loads((folder / "killed" / f"end-{rank}.json").read_text()) == growths
     return growths
+
+
+def test_a_line_that_a_kill_cut_off_counts_for_nothing(tmp_path):
+    file = tmp_path / "steps-0.jsonl"
+    assert written(tmp_path) == 0
+    file.write_text("[1, 0]\n[2, ")
+    assert written(tmp_path) == 1
+    Written(file).file.close()
+    assert file.read_text() == "[1, 0]\n"
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
