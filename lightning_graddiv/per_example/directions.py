@@ -1,7 +1,6 @@
 """Random directions in the space of a module's parameters, in which gradients are compared without keeping them."""
 
-import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_graddiv.per_example.factors import DIRECTIONS, Probe
-from lightning_graddiv.per_example.norms import sums_of_segments
+from lightning_graddiv.per_example.norms import flat, sums_of_segments
 
 _SMALL = 2**16
 """Parameters of up to so many numbers are kept until a pass is over and handled together: one by one, the calls would
@@ -17,6 +16,10 @@ take longer than the work."""
 
 _FEW = 8
 """Products that take no longer one by one."""
+
+_STRIDE = 0x9E3779B97F4A7C15
+"""By so many numbers of the pool the directions of one seed lie after those of the seed before: 2^64 by the golden
+ratio, so that the pool is used evenly, whatever its size."""
 
 _ALREADY_DRAWN = 8
 """Pools of random numbers that are kept, of different sizes."""
@@ -49,12 +52,17 @@ class Directions:
 
     def probe(self, index: int) -> Probe:
         """Return the directions for one parameter, on its device."""
-        if index not in self._probes:
+        found = self._probes.get(index)
+        if found is None:
             parameter, (start, middle, end) = self._parameters[index], self._places[index]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             numbers = self._numbers[:, start:end].to(parameter.device, dtype)
-            self._probes[index] = Probe(numbers[:, : middle - start], numbers[: self._rights, middle - start :])
-        return self._probes[index]
+            right = numbers[: self._rights, middle - start :]
+            # One number on the right would be a factor of all directions, which may be next to nothing.
+            right = torch.ones_like(right) if end - middle == 1 else right
+            found = Probe(numbers[:, : middle - start], right)
+            self._probes[index] = found
+        return found
 
     def of(self, gradients: Mapping[int, Tensor]) -> Tensor:
         """Return the projections of dense real gradients, by index, taken together: shape (p,), float64."""
@@ -110,7 +118,7 @@ class Directions:
     @cached_property
     def _numbers(self) -> Tensor:
         size = max(1, self._places[-1][-1])
-        start = random.Random(self._seed).randrange(size)
+        start = self._seed * _STRIDE % size
         return _pool(2 * size, self._count)[:, start : start + size].to(self._parameters[0].device)
 
 
@@ -122,11 +130,6 @@ def _pool(size: int, count: int) -> Tensor:
     since a proof makes torch's random numbers constant.
     """
     return torch.from_numpy(np.random.default_rng(size).standard_normal((count, size), dtype=np.float32))
-
-
-def flat(tensors: Collection[Tensor]) -> Tensor:
-    """Return the tensors' entries one after another."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _is_small(parameter: Tensor, first: Tensor) -> bool:

@@ -15,12 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_graddiv.per_example.norms import sum_of_squares
-
-_CHUNK_BYTES = 4 * 2**20
-"""Explicit contributions that are held at a time: on a processor, what its allocator keeps rather than gives back."""
-
-_ACCELERATOR_CHUNK_BYTES = 64 * 2**20
+from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
+from lightning_graddiv.per_example.norms import sq_norms_of_rows, sum_of_squares
 
 _MOST_CHUNKS = 4
 """On an accelerator, so many passes over a chunk of contributions cost less than the calls that would avoid them."""
@@ -63,11 +59,6 @@ class Probe:
         """Return the projections of n gradients, shape (n, p), float64."""
         matrices = gradients.reshape(len(gradients), self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
         return ((matrices @ self.right.T) * self.left.T).sum(1, dtype=torch.float64)
-
-
-def chunk_bytes(device: torch.device) -> int:
-    """Return how much memory temporary numbers may take."""
-    return _CHUNK_BYTES if device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
 
 
 CANCELLATION = 1e-2
@@ -151,6 +142,11 @@ class OutputGradients:
     def sq_norms(self) -> Tensor:
         """|b_it|^2, shape (n g T,), float64."""
         return sum_of_squares([self._values.flatten(0, 2)], per_row=True)
+
+    def sq_norms_beside(self, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the squared norms of other rows, as many as here, and :attr:`sq_norms`: both at once."""
+        of_others, self.sq_norms = sq_norms_of_rows([others, self._values.flatten(0, 2)])
+        return of_others, self.sq_norms
 
     @cached_property
     def products(self) -> Tensor:
@@ -245,7 +241,7 @@ class Outer(Contributions):
         if positions == 1:
             return False
         is_small = 4 * len(self) * math.prod(self.shape) <= _MOST_CHUNKS * chunk_bytes(self.device)
-        return positions * (fan_in + fan_out) > fan_in * fan_out or (self.device.type != "cpu" and is_small)
+        return positions * (fan_in + fan_out) > fan_in * fan_out or (is_accelerator(self.device) and is_small)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
@@ -260,8 +256,7 @@ class Outer(Contributions):
 
     def _of_one_position(self) -> Tensor:
         """|b a'|^2 = |b|^2 |a|^2."""
-        a = sum_of_squares([self.inputs.flatten(0, 2)], per_row=True)
-        b = (self.shared or OutputGradients(self.output_gradients)).sq_norms
+        a, b = (self.shared or OutputGradients(self.output_gradients)).sq_norms_beside(self.inputs.flatten(0, 2))
         return a * b if self.inputs.shape[1] == 1 else (a * b).unflatten(0, self.inputs.shape[:2]).sum(1)
 
     @override

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -59,6 +60,7 @@ class GhostRecorder:
         keeps_local: whether to keep the norm of the gradient so far, before processes exchange theirs.
         keeps_norms: whether to keep the norm of the gradient of each pass.
         assumed: whether a leading dimension of the right size is taken for the examples, without proof.
+        awaits_loss: whether the parameters are left alone until :meth:`await_end_of`.
         seed: of the random directions that a gradient is compared in; the same on every process.
     """
 
@@ -72,6 +74,7 @@ class GhostRecorder:
         keeps_local: bool = False,
         keeps_norms: bool = False,
         assumed: bool = False,
+        awaits_loss: bool = False,
         seed: int = 0,
     ) -> None:
         self.uses: list[Use] = []
@@ -82,6 +85,7 @@ class GhostRecorder:
         self._shared = shared
         self._measured = frozenset(range(len(self._parameters))) if measured is None else measured
         self._assumed = assumed
+        self._awaits_loss = awaits_loss
         self._directions = Directions(self._parameters, seed)
         self._ledger = Ledger(
             self._parameters,
@@ -105,6 +109,7 @@ class GhostRecorder:
         self._ledger.clear(examples)
         self._noted: set[tuple[torch.dtype, torch.device]] = set()
         self._error: Exception | None = None
+        self._is_awaiting_end = False
 
     def __enter__(self) -> "GhostRecorder":
         return self
@@ -132,18 +137,46 @@ class GhostRecorder:
                 held = {name: indices[id(parameter)] for name, parameter in named if id(parameter) in indices}
                 if held:
                     self._attach_layer(layer, kind, held)
+        if not self._awaits_loss:
+            self._attach_parameters(tensors)
+
+    def _attach_parameters(self, tensors: Sequence[Tensor]) -> None:
         for index, tensor in enumerate(tensors):  # of all: what is applied must be what all of them received
             if tensor.requires_grad and not is_sharded(tensor):
                 self._handles.append(tensor.register_hook(self._gradient_hook(index)))
 
+    def await_end_of(self, loss: Tensor) -> None:
+        """Get ready for the backward pass of a loss, the only one of a step that is measured on this process alone.
+
+        Where parameters hold no gradients yet, and nothing is done to them before the pass is over, they are looked at
+        then, all at once: a hook on each would cost calls, and the copy of its gradient. Only large ones are read as
+        they come by, while the processor has them at hand.
+        """
+        if any(p.grad is not None or p._post_accumulate_grad_hooks for p in self._parameters):
+            self._attach_parameters(self._parameters)
+            return
+        for index, parameter in enumerate(self._parameters):
+            if index not in self._directions.small:
+                self._passing.append(parameter.register_hook(partial(self._guarded, self._ledger.look_at, index)))
+        self._is_awaiting_end = True
+        queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+        self._passing.append(loss.register_hook(lambda _: queue(partial(self._guarded, self._on_end))))
+
+    def _on_end(self) -> None:
+        """Look at what parameters were given, before anybody else can."""
+        if self._is_awaiting_end:
+            self._is_awaiting_end = False
+            given = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
+            self._ledger.receive_all({index: gradient for index, gradient in given.items() if gradient is not None})
+
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._guarded(lambda: self._on_call(layer, kind, held, args, kwargs, output))
+            self._guarded(self._on_call, layer, kind, held, args, kwargs, output)
 
         # The first hook sees what the layer itself put out; those of the user may replace it.
         self._handles.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
         if any(is_sharded(layer._parameters[name]) for name in held):
-            before = layer.register_forward_pre_hook(lambda layer, _: self._guarded(lambda: self._unshard(layer, held)))
+            before = layer.register_forward_pre_hook(lambda layer, _: self._guarded(self._unshard, layer, held))
             self._handles.append(before)
 
     def _unshard(self, layer: nn.Module, held: dict[str, int]) -> None:
@@ -176,6 +209,7 @@ class GhostRecorder:
         if self._error is not None:
             raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
         with own_work():
+            self._on_end()  # of another loss
             self._measure_waiting()
             recorded = self._ledger.balance()
         self._clear()
@@ -185,14 +219,14 @@ class GhostRecorder:
         """Return the uses of a parameter that the backward pass has reached, in the order of the calls."""
         return [use for use in self.uses if index in use.parameters.values() and use.is_measurable]
 
-    def _guarded(self, record: Callable[[], None]) -> None:
+    def _guarded(self, record: Callable[..., None], *what: Any) -> None:
         """Run our part of a training step: it must not end the step."""
         if self._error is not None or self.is_paused:
             return
         start = time.perf_counter()
         try:
             with own_work():
-                record()
+                record(*what)
         except Exception as error:
             self._error = error
         self.seconds += time.perf_counter() - start
@@ -219,7 +253,7 @@ class GhostRecorder:
         self.uses.append(use)
 
         def on_gradients(gradients: Sequence[Tensor | None]) -> None:
-            self._guarded(lambda: self._on_gradients(use, gradients))
+            self._guarded(self._on_gradients, use, gradients)
 
         if len(outputs) == 1:
             self._passing.append(outputs[0].register_hook(lambda gradient: on_gradients((gradient,))))
@@ -277,7 +311,7 @@ class GhostRecorder:
         return layout if layout is not None and layout.fits(leading, self._examples) else None
 
     def _gradient_hook(self, index: int) -> Callable[[Tensor], None]:
-        return lambda gradient: self._guarded(lambda: self._ledger.receive(index, gradient))
+        return partial(self._guarded, self._ledger.receive, index)
 
     def projected(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return the projections of all parameters' gradients together, shape (p,), float64."""

@@ -150,6 +150,7 @@ class GhostStep(InBandStep):
             keeps_local=compares_processes,
             keeps_norms=holds_all,
             assumed=plan.assumed,
+            awaits_loss=holds_all,
             seed=seed,
         )
         super().__init__(parameters, recorder)
@@ -204,6 +205,8 @@ class GhostStep(InBandStep):
             self._is_just_checked = False
         elif not self._graphs.knows(loss):
             raise UncoveredError("training_step computes something else")
+        if self._holds_all:
+            self._recorder.await_end_of(loss)
 
     @override
     def backward(self, scale: float) -> None:

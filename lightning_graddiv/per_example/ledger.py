@@ -1,15 +1,16 @@
 """Both sides of a backward pass: what the examples contribute to each parameter, and the gradient that it receives."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example.directions import Directions, flat
+from lightning_graddiv.per_example.devices import is_accelerator
+from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, Explicit
-from lightning_graddiv.per_example.norms import on_processor, sums_of_segments
+from lightning_graddiv.per_example.norms import flat, on_processor, sums_of_segments
 from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.records import Recorded
 
@@ -97,6 +98,18 @@ class Ledger:
             keep = index in self._directions.vectors or index in self._sums
             self._received.add(index, gradient, keep=keep)
 
+    def look_at(self, index: int, gradient: Tensor) -> None:
+        """Read a large gradient on its way to its parameter; it is entered when all are."""
+        if index in self._received:
+            self._received.look_again(index)
+        elif not gradient.is_complex():
+            self._received.look_at(index, gradient)
+
+    def receive_all(self, gradients: Mapping[int, Tensor]) -> None:
+        """Enter all gradients that a pass gave, once it is over."""
+        self.misses |= {index: "it is complex" for index, gradient in gradients.items() if gradient.is_complex()}
+        self._received.add_all(gradients, keep=(self._directions.vectors | self._sums.keys()) - self.misses.keys())
+
     def balance(self) -> Recorded:
         """Compare, parameter by parameter, what the examples add up to with the gradient; return what was entered.
 
@@ -150,9 +163,17 @@ class Ledger:
         errors = dict(zip(by_entries, self._distances(by_entries).tolist(), strict=True)) if by_entries else {}
         others = [index for index in indices if index not in errors]
         if others:
-            found, wanted = self._projected(others), self._received.of_each(others)
-            errors |= dict(zip(others, (found - wanted).abs().amax(1).tolist(), strict=True))
+            images = ((index, self._image_of_difference(index)) for index in others)
+            found = self._directions.of_images({i: image for i, image in images if image is not None}, others)
+            errors |= dict(zip(others, found.abs().amax(1).tolist(), strict=True))
         return errors
+
+    def _image_of_difference(self, index: int) -> Tensor | None:
+        """Return the image of what the examples contribute, without that of what was received; None of nothing."""
+        image, received = self._images.get(index), self._received.image(index)
+        if image is None and index in self._sums:
+            image = self._directions.probe(index).image_of(self._sums[index])
+        return image - received if image is not None and received is not None else received if image is None else image
 
     def _distances(self, indices: Sequence[int]) -> Tensor:
         """Return the norms of differences, entry by entry."""
@@ -161,15 +182,10 @@ class Ledger:
         difference = flat([self._sums[index] for index in indices]).double() - flat(kept).double()
         return sums_of_segments(difference.square_(), kept).sqrt().cpu()
 
-    def _projected(self, indices: Sequence[int]) -> Tensor:
-        """Return the projections of what the examples contribute to each, shape (len(indices), p); of nothing, zero."""
-        summed = {i: self._directions.probe(i).image_of(self._sums[i]) for i in indices if i in self._sums}
-        return self._directions.of_images(self._images | summed, indices)
-
 
 def _is_few(contributions: Contributions) -> bool:
     """Tell whether contributions are so few that a call of their own would take longer than the work."""
     if not isinstance(contributions, Explicit) or contributions.output_gradients is not None:
         return False
-    few = _FEW_NUMBERS if contributions.device.type == "cpu" else _ACCELERATOR_FEW_NUMBERS
+    few = _ACCELERATOR_FEW_NUMBERS if is_accelerator(contributions.device) else _FEW_NUMBERS
     return contributions.values.numel() <= few

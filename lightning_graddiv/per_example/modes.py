@@ -36,8 +36,9 @@ class OperatorMode(TorchDispatchMode):
 
 def own_work() -> AbstractContextManager[None]:
     """Leave every mode for the block, and enter them again; build no graph."""
-    is_plain = _len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()  # as in most backward passes
-    return _ALREADY if is_plain else _left_alone()
+    if _len_torch_dispatch_stack() > 0:
+        return _left_alone()
+    return torch.no_grad() if torch.is_grad_enabled() else _ALREADY  # the latter in most backward passes
 
 
 _ALREADY = nullcontext()

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from lightning_graddiv.per_example.devices import is_accelerator
+
 _BLOCK = 1024
 """Entries whose squares are added in float32."""
 
@@ -27,19 +29,68 @@ def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Ten
     return total if per_row else total[0]
 
 
+def sq_norms_of_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the squared norms of the rows of several tensors of shape (n, d), shape (len(tensors), n), float64."""
+    if all(_are_short(rows) for rows in tensors):
+        sq_norms: Tensor = _norms_of_rows(tensors, torch.float32).double().square_()
+        smallest, largest = torch.aminmax(sq_norms)
+        if float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf:
+            return sq_norms
+    exact: Tensor = _norms_of_rows(tensors, torch.float64).square_()
+    return exact
+
+
+def block_norms(tensor: Tensor) -> Tensor:
+    """Return norms that make up that of a tensor, of blocks of its entries; see :func:`sq_norms_of_blocks`."""
+    tensor = tensor.to(sum_dtype(tensor))
+    if not _takes_blocks(tensor):
+        whole: Tensor = torch.linalg.vector_norm(real_view(tensor), dtype=torch.float64)
+        return whole.view(1)
+    entries, rest = tensor.flatten(), tensor.numel() % _BLOCK
+    blocks = (entries[:-rest] if rest else entries).view(-1, _BLOCK)
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=-1)
+    return torch.cat([norms, torch.linalg.vector_norm(entries[-rest:]).view(1)]) if rest else norms
+
+
+def sq_norms_of_blocks(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """Return the squared norm of each tensor, shape (tensors,), float64, on the processor, from its blocks' norms.
+
+    Args:
+        norms: what :func:`block_norms` gave for each.
+        tensors: those whose squares may have left float32's range are read again.
+    """
+    if not norms:
+        return on_processor([])
+    if len({of_one.device for of_one in norms}) > 1:
+        return torch.cat([sq_norms_of_blocks([of], [tensor]) for of, tensor in zip(norms, tensors, strict=True)])
+    found = sums_of_segments(flat(norms).double().square_(), norms).cpu()
+    for i, (sq_norm, of_one) in enumerate(zip(found.tolist(), norms, strict=True)):
+        # What is lost of a block whose squares vanish is at most 1e-35.
+        if of_one.dtype == torch.float32 and not _SMALLEST_SAFE_SQUARE * len(of_one) < sq_norm < math.inf:
+            found[i] = torch.linalg.vector_norm(real_view(tensors[i]), dtype=torch.float64).square()
+    return found
+
+
 def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
     """Return the squared norm of each tensor, shape (len(tensors),), float64, on the processor; small ones at once."""
     listed = list(tensors)
-    norms = {i: sum_of_squares([tensor]) for i, tensor in enumerate(listed) if tensor.numel() > _SMALL}
+    large = [i for i, tensor in enumerate(listed) if tensor.numel() > _SMALL]
+    blocks = [block_norms(listed[i]) for i in large]
+    norms = dict(zip(large, sq_norms_of_blocks(blocks, [listed[i] for i in large]), strict=True))
     small = [i for i in range(len(listed)) if i not in norms]
     for device in {listed[i].device for i in small}:
         chosen = [i for i in small if listed[i].device == device]
         entries = [real_view(listed[i]).flatten() for i in chosen]
-        found = sums_of_segments(torch.cat(entries).double().square_(), entries)
+        found = sums_of_segments(flat(entries).double().square_(), entries)
         if len(chosen) == len(listed):
             return found.cpu()
-        norms |= dict(zip(chosen, found, strict=True))
+        norms |= dict(zip(chosen, found.cpu(), strict=True))
     return on_processor([norms[i] for i in range(len(listed))])
+
+
+def flat(tensors: Collection[Tensor]) -> Tensor:
+    """Return the tensors' entries one after another."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def sums_of_segments(values: Tensor, segments: Sequence[Tensor]) -> Tensor:
@@ -63,14 +114,29 @@ def _sq_norms(rows: Tensor) -> Tensor:
     On a processor in blocks: a float64 copy of a large gradient takes thirty times as long, and one float32 sum over a
     row of ten million entries is off by 7e-4. Where squares may leave float32's range, the copy after all.
     """
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > _FEW:
+    if _takes_blocks(rows):
         sq_norms = _in_blocks(rows)
         if sq_norms.numel() > 0:
             smallest, largest = torch.aminmax(sq_norms)
             if float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf:
                 return sq_norms
-    exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
+    exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square_()
     return exact
+
+
+def _norms_of_rows(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    norms = [torch.linalg.vector_norm(rows, dim=-1, dtype=dtype) for rows in tensors]
+    is_together = len({of_one.device for of_one in norms}) == 1
+    return torch.stack(norms) if is_together else on_processor(norms)
+
+
+def _are_short(rows: Tensor) -> bool:
+    """Tell whether rows are few enough numbers to be added in float32."""
+    return not is_accelerator(rows.device) and rows.dtype == torch.float32 and rows.shape[-1] <= _BLOCK
+
+
+def _takes_blocks(entries: Tensor) -> bool:
+    return not is_accelerator(entries.device) and entries.dtype == torch.float32 and entries.numel() > _FEW
 
 
 def _in_blocks(rows: Tensor) -> Tensor:
@@ -94,4 +160,5 @@ def real_view(gradient: Tensor) -> Tensor:
 
 def sum_dtype(gradient: Tensor) -> torch.dtype:
     """Sum in at least float32, whatever the parameters are kept in."""
-    return torch.promote_types(gradient.dtype, torch.float32)
+    is_enough = gradient.dtype in {torch.float32, torch.float64}
+    return gradient.dtype if is_enough else torch.promote_types(gradient.dtype, torch.float32)

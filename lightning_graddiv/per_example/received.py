@@ -1,13 +1,20 @@
 """The gradients that one backward pass gave to parameters: their norms, their projections, and are they still there?"""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_graddiv.per_example.directions import Directions, flat
-from lightning_graddiv.per_example.norms import on_processor, sq_norm_of_each, sum_of_squares
+from lightning_graddiv.per_example.directions import Directions
+from lightning_graddiv.per_example.norms import (
+    block_norms,
+    flat,
+    on_processor,
+    sq_norm_of_each,
+    sq_norms_of_blocks,
+    sum_of_squares,
+)
 
 
 class Received:
@@ -38,6 +45,7 @@ class Received:
         self._images: dict[int, Tensor] = {}
         self._complex: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
+        self._block_norms: dict[int, Tensor] = {}
         self._marks: dict[int, tuple[int, int]] = {}
         self._local: dict[int, Tensor] = {}
         self._local_kept: dict[int, Tensor] = {}
@@ -62,14 +70,48 @@ class Received:
             self._local_kept[index] = so_far
             return
         dense = self._kept.pop(index) + dense if index in self._kept else dense
-        image = self._directions.probe(index).image_of(dense)
-        self._images[index] = image + self._images[index] if index in self._images else image
-        if self._keeps_norms:
+        if self._keeps_norms:  # first: a product that finds a large gradient cold takes twice as long
             sq_norm = sum_of_squares([dense])
             self._norms[index] = sq_norm + self._norms[index] if index in self._norms else sq_norm
             self._marks[index] = _mark(gradient)
+        image = self._directions.probe(index).image_of(dense)
+        self._images[index] = image + self._images[index] if index in self._images else image
         if self._keeps_local:
             self._local[index] = sum_of_squares([so_far])
+
+    def add_all(self, gradients: Mapping[int, Tensor], keep: Collection[int]) -> None:
+        """Enter all gradients that a pass gave, by index, once it is over: with few calls, which wait for nothing.
+
+        Args:
+            gradients: dense or sparse, real or complex.
+            keep: of which parameters all entries will be asked for; what is kept is a copy.
+        """
+        dense = {
+            index: gradient.to_dense() if gradient.is_sparse else gradient for index, gradient in gradients.items()
+        }
+        kept = [index for index in dense if index in keep]
+        if kept:
+            copies = flat([dense[index] for index in kept]).split([dense[index].numel() for index in kept])
+            self._kept |= dict(zip(kept, copies, strict=True))
+        for index, gradient in gradients.items():
+            if gradient.is_complex():
+                self.add_complex(index, gradient)
+            elif index not in keep and index not in self._images:
+                self.look_at(index, gradient)
+        norms = sq_norms_of_blocks(list(self._block_norms.values()), [dense[index] for index in self._block_norms])
+        self._norms = dict(zip(self._block_norms, norms, strict=True))
+
+    def look_at(self, index: int, gradient: Tensor) -> None:
+        """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        # The norm first: a product that finds a large gradient cold takes twice as long.
+        self._block_norms[index] = block_norms(dense)
+        self._images[index] = self._directions.probe(index).image_of(dense)
+        self._marks[index] = _mark(gradient)
+
+    def look_again(self, index: int) -> None:
+        """Forget a part of a gradient, as a re-entrant checkpoint gives it: :meth:`add_all` will look at the whole."""
+        del self._block_norms[index], self._images[index], self._marks[index]
 
     def add_complex(self, index: int, gradient: Tensor) -> None:
         """Enter a complex gradient, which has a norm and no projections."""
@@ -96,6 +138,11 @@ class Received:
     def entries(self, index: int) -> Tensor | None:
         """Return a gradient that was kept."""
         return self._kept.get(index)
+
+    def image(self, index: int) -> Tensor | None:
+        """Return what a gradient takes the shared right side of its directions to; None if there is none."""
+        kept = self._kept.get(index)
+        return self._images.get(index) if kept is None else self._directions.probe(index).image_of(kept)
 
     def of_each(self, indices: Sequence[int]) -> Tensor:
         """Return the projections of gradients, shape (len(indices), p), float64; zero where there is none."""

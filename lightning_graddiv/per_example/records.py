@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout
+from lightning_graddiv.per_example.norms import sum_dtype
 from lightning_graddiv.per_example.received import Received
 
 
@@ -122,8 +123,10 @@ def _versions(*values: Tensor | None) -> tuple[int, ...]:
 
 
 def _as_autocast_has_it(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return _wide(value.to(dtype)) if value is not None and value.is_floating_point() else value
+    if value is None or value.dtype == dtype == torch.float32 or not value.is_floating_point():
+        return value
+    return _wide(value.to(dtype))
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(sum_dtype(values))

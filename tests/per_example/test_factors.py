@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_graddiv.per_example import factors
+from lightning_graddiv.per_example import devices
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Explicit, Lookup, Outer, Probe, Total, added
 
@@ -128,13 +128,13 @@ def test_some_examples_have_their_own_contributions(name, examples):
 @pytest.mark.parametrize("chunk_bytes", [1, 300, 10**9])
 def test_numbers_do_not_depend_on_the_chunk(name, chunk_bytes, monkeypatch):
     contributions, formed = build(name)
-    monkeypatch.setattr(factors, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(devices, "_CHUNK_BYTES", chunk_bytes)
     assert_measures(contributions, formed)
 
 
 @pytest.mark.parametrize(("chunk_bytes", "sizes"), [(1, [1] * 5), (4 * 12 * 2, [2, 2, 1]), (4 * 12 * 5, [5])])
 def test_chunks_hold_all_examples_in_their_order_and_no_more_than_fits(chunk_bytes, sizes, monkeypatch):
-    monkeypatch.setattr(factors, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(devices, "_CHUNK_BYTES", chunk_bytes)
     contributions, formed = build("many positions")  # of 12 entries each
     chunks = list(contributions.chunks())
     assert [len(chunk) for chunk in chunks] == sizes
@@ -164,7 +164,7 @@ def test_products_between_positions_are_bounded(monkeypatch):
     contributions, formed = build("few positions in groups")
     held, by_gram = [], Outer._by_gram
     monkeypatch.setattr(Outer, "_by_gram", lambda part: (held.append(len(part)), by_gram(part))[1])
-    monkeypatch.setattr(factors, "_CHUNK_BYTES", 2 * 8 * 2 * 3**2)  # two examples, float64, two groups, 3 positions
+    monkeypatch.setattr(devices, "_CHUNK_BYTES", 2 * 8 * 2 * 3**2)  # two examples, float64, two groups, 3 positions
     assert_measures(contributions, formed)
     assert held == [2, 2, 1]
 

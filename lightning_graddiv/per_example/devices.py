@@ -1,0 +1,18 @@
+"""What differs between a processor and an accelerator, on which calls cost more than the work of most of them."""
+
+import torch
+
+_CHUNK_BYTES = 4 * 2**20
+"""Temporary numbers that are held at a time: on a processor, what its allocator keeps rather than gives back."""
+
+_ACCELERATOR_CHUNK_BYTES = 64 * 2**20
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Tell whether few calls matter more than little work."""
+    return device.type != "cpu"
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Return how much memory temporary numbers may take."""
+    return _ACCELERATOR_CHUNK_BYTES if is_accelerator(device) else _CHUNK_BYTES
