@@ -139,7 +139,7 @@ def contributions(
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
             weights.append(1 / (world * step.divisor * examples))
-            found.append(weights[-1] * torch.cat([g.flatten() for g in flat]).double())
+            found.append(weights[-1] * torch.cat([g.to_dense().flatten() for g in flat]).double())
     return torch.stack(found).cpu(), torch.tensor(weights, dtype=torch.float64)
 
 

@@ -2,6 +2,9 @@
 
 import torch
 
+_PROCESSORS = frozenset({"cpu"})
+"""Types of devices on which a call costs little."""
+
 _CHUNK_BYTES = 4 * 2**20
 """Temporary numbers that are held at a time: on a processor, what its allocator keeps rather than gives back."""
 
@@ -10,7 +13,7 @@ _ACCELERATOR_CHUNK_BYTES = 64 * 2**20
 
 def is_accelerator(device: torch.device) -> bool:
     """Tell whether few calls matter more than little work."""
-    return device.type != "cpu"
+    return device.type not in _PROCESSORS
 
 
 def chunk_bytes(device: torch.device) -> int:

@@ -17,9 +17,8 @@ take longer than the work."""
 _FEW = 8
 """Products that take no longer one by one."""
 
-_STRIDE = 0x9E3779B97F4A7C15
-"""By so many numbers of the pool the directions of one seed lie after those of the seed before: 2^64 by the golden
-ratio, so that the pool is used evenly, whatever its size."""
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 by the golden ratio: its multiples, modulo 2^64, spread consecutive seeds evenly over a pool of any size."""
 
 _ALREADY_DRAWN = 8
 """Pools of random numbers that are kept, of different sizes."""
@@ -118,7 +117,7 @@ class Directions:
     @cached_property
     def _numbers(self) -> Tensor:
         size = max(1, self._places[-1][-1])
-        start = self._seed * _STRIDE % size
+        start = (self._seed * _GOLDEN % 2**64 * size) >> 64
         return _pool(2 * size, self._count)[:, start : start + size].to(self._parameters[0].device)
 
 

@@ -73,7 +73,7 @@ class Received:
         if self._keeps_norms:  # first: a product that finds a large gradient cold takes twice as long
             sq_norm = sum_of_squares([dense])
             self._norms[index] = sq_norm + self._norms[index] if index in self._norms else sq_norm
-            self._marks[index] = _mark(gradient)
+            self._mark(index, gradient)
         image = self._directions.probe(index).image_of(dense)
         self._images[index] = image + self._images[index] if index in self._images else image
         if self._keeps_local:
@@ -107,11 +107,17 @@ class Received:
         # The norm first: a product that finds a large gradient cold takes twice as long.
         self._block_norms[index] = block_norms(dense)
         self._images[index] = self._directions.probe(index).image_of(dense)
-        self._marks[index] = _mark(gradient)
+        self._mark(index, gradient)
 
     def look_again(self, index: int) -> None:
         """Forget a part of a gradient, as a re-entrant checkpoint gives it: :meth:`add_all` will look at the whole."""
-        del self._block_norms[index], self._images[index], self._marks[index]
+        del self._block_norms[index], self._images[index]
+        self._marks.pop(index, None)
+
+    def _mark(self, index: int, gradient: Tensor) -> None:
+        """Remember where a gradient is; a sparse one is not recognised."""
+        if not gradient.is_sparse:
+            self._marks[index] = _mark_of(gradient)
 
     def add_complex(self, index: int, gradient: Tensor) -> None:
         """Enter a complex gradient, which has a norm and no projections."""
@@ -144,11 +150,6 @@ class Received:
         kept = self._kept.get(index)
         return self._images.get(index) if kept is None else self._directions.probe(index).image_of(kept)
 
-    def of_each(self, indices: Sequence[int]) -> Tensor:
-        """Return the projections of gradients, shape (len(indices), p), float64; zero where there is none."""
-        kept = {i: self._directions.probe(i).image_of(self._kept[i]) for i in indices if i in self._kept}
-        return self._directions.of_images(self._images | kept, indices)
-
     def projections(self) -> Tensor:
         """Return the projections of all gradients together, shape (p,), float64, on the processor."""
         return self._projected.sum(0) + self._directions.of(self._kept)
@@ -169,13 +170,13 @@ class Received:
         is_known = found.keys() == set(self.indices) and self._marks.keys() == self._images.keys()
         if not is_known or self._complex or any(gradient.is_sparse for gradient in found.values()):
             return False
-        if any(_mark(found[index]) != mark for index, mark in self._marks.items()):
+        if any(_mark_of(found[index]) != mark for index, mark in self._marks.items()):
             return False
         pairs = [(kept, found[index]) for index, kept in self._kept.items()]
         return all(was.device == now.device for was, now in pairs) and _are_equal(pairs)
 
 
-def _mark(gradient: Tensor) -> tuple[int, int]:
+def _mark_of(gradient: Tensor) -> tuple[int, int]:
     """By what a gradient that was not kept is recognised: where it is, and how often it was written to."""
     return gradient.data_ptr(), gradient._version
 

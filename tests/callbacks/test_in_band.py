@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -283,6 +284,43 @@ def test_gradients_that_training_changes_before_the_step_are_refused():
     with warned("is not the mean of what the processes' backward passes gave"):
         trained(Clips(Convolutional()), monitor=monitor)
     assert not monitor.probes
+
+
+@pytest.mark.parametrize("name", ["body.0.weight", "body.6.bias"], ids=["a matrix", "a vector"])
+def test_gradients_that_a_callback_before_ours_changes_are_refused(name):
+    """It sees them before we are told that the backward pass is over."""
+
+    class Triples(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            pl_module.net.get_parameter(name).grad.mul_(3)
+
+    monitor = Collector()
+    with warned("is not the mean of what the processes' backward passes gave"):
+        trained(Witness(Convolutional()), monitor=monitor, callbacks=[Triples(), monitor])
+    assert not monitor.probes
+
+
+class Bag(nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.table, self.head = nn.Embedding(rows, 6, sparse=True), nn.Linear(6, 3)
+
+    def forward(self, index):
+        return self.head(torch.tanh(self.table(index)).mean(1))
+
+
+def bag_mean(net, batch):
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rows", [11, 12_000], ids=["small", "large"])
+def test_with_a_table_whose_gradient_is_sparse(rows, accumulate):
+    index, target = torch.randint(rows, (48, 5)), torch.randint(3, (48,))
+    module = Witness(Bag(rows), bag_mean)
+    monitor = trained(module, TensorDataset(index, target), accumulate_grad_batches=accumulate)
+    assert monitor._measurer.engine == "ghost"
+    assert worst_error(monitor.probes, module) < EXACT
 
 
 class Tokens(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_graddiv.per_example import convolutions, factors
+from lightning_graddiv.per_example import convolutions, devices, factors
 from lightning_graddiv.per_example.convolutions import Convolved
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
@@ -188,6 +188,25 @@ def test_patches_are_taken_of_few_examples_at_a_time(monkeypatch):
     by_patches = found.measure(probe)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(by_patches, by_kernel)
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dimensions", TYPES)
+def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, monkeypatch):
+    layer, inputs = convolution(dimensions, many, **OPTIONS[name])
+    output_gradients = torch.randn_like(layer(inputs))
+    found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))["weight"]
+    probe = Directions([layer.weight], 0).probe(0)
+    take(monkeypatch, pixels=not many)
+    expected = found.measure(probe)
+    monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
+    pads, original = [], convolutions.F.pad
+    monkeypatch.setattr(convolutions.F, "pad", lambda *args: (pads.append(args), original(*args))[1])
+    monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 1)
+    for one, other in zip(found.measure(probe), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert len(pads) <= (1 if many else N)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])

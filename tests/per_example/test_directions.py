@@ -41,12 +41,7 @@ def test_only_short_vectors_are_handled_together():
 
 def test_all_parameters_together_are_the_sum_of_each():
     directions, given = Directions(parameters(), 0), gradients()
-    expected = sum(
-        torch.stack([left @ gradient.flatten() for left in directions.probe(index).left])
-        if index in directions.vectors
-        else directions.probe(index).of(gradient)
-        for index, gradient in given.items()
-    )
+    expected = sum(directions.probe(index).of(gradient) for index, gradient in given.items())
     torch.testing.assert_close(directions.of(given), expected, rtol=1e-12, atol=1e-12)
     assert directions.of({}).tolist() == [0.0] * 4
 
@@ -89,3 +84,16 @@ def test_parameters_of_two_precisions_are_projected_together(count):
     images = {index: directions.probe(index).image_of(gradient) for index, gradient in enumerate(gradients)}
     expected = torch.stack([directions.probe(index).of(gradient) for index, gradient in enumerate(gradients)])
     torch.testing.assert_close(directions.of_images(images, range(count)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_right", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 1, 1), ()], ids=str)
+def test_what_has_one_column_has_no_right_side_that_may_be_next_to_nothing(shape, share_right):
+    probe = Directions([torch.zeros(shape)], 0, share_right=share_right).probe(0)
+    assert probe.right.eq(1).all()
+    assert len(probe.left.unique()) == probe.left.numel()
+
+
+def test_other_seeds_take_other_numbers_of_the_pool_all_over_it():
+    starts = torch.stack([Directions([torch.zeros(30, 20)], seed).probe(0).left[0, 0] for seed in range(40)])
+    assert len(starts.unique()) > 25  # of 50 places

@@ -37,6 +37,19 @@ def recorded(net, loss, **kwargs):
         return recorder.finish()
 
 
+def recorded_at_the_end(net, loss, before=lambda recorder: None):
+    """Watch the only backward pass of a step, after which gradients are looked at; return what was recorded."""
+    parameters = list(net.parameters())
+    with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
+        recorder.attach(net)
+        recorder.begin(N)
+        value = loss(net)
+        recorder.await_end_of(value)
+        before(recorder)
+        value.backward()
+        return recorder.finish()
+
+
 def test_norms_and_nothing_missed():
     x, net = batch(), nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     found = recorded(net, lambda net: net(x).square().sum())
@@ -186,3 +199,119 @@ def test_a_frozen_layer_and_an_inference_pass_are_not_watched():
             net(batch())
         assert recorder.uses == []
         assert not net[0]._forward_hooks
+
+
+class TestTheOnlyPass:
+    """Parameters whose gradients nobody else touches are looked at once the pass is over."""
+
+    def net(self):
+        return nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+
+    def hooks(self, net):
+        return [len(parameter._backward_hooks or ()) for parameter in net.parameters()]
+
+    def test_what_is_seen_is_what_hooks_see(self):
+        x, net = batch(), self.net()
+        by_hooks = recorded(net, lambda net: net(x).square().sum(), keeps_norms=True)
+        net.zero_grad()
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum(), lambda _: self.assert_unwatched(net))
+        assert found.misses == by_hooks.misses == {}
+        assert found.sq_norms.keys() == by_hooks.sq_norms.keys()
+        for index, sq_norms in by_hooks.sq_norms.items():
+            torch.testing.assert_close(found.sq_norms[index], sq_norms)
+        assert found.received.sq_norms == pytest.approx(by_hooks.received.sq_norms)
+        torch.testing.assert_close(found.received.projections(), by_hooks.received.projections())
+        assert found.received.is_still([parameter.grad for parameter in net.parameters()])
+
+    def assert_unwatched(self, net):
+        assert self.hooks(net) == [0, 0, 0, 0]
+
+    def test_large_gradients_are_read_as_they_come_by(self):
+        net, x = nn.Linear(300, 300).double(), batch(300)
+        seen = []
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum(), lambda _: seen.extend(self.hooks(net)))
+        assert seen == [1, 0]
+        assert self.hooks(net) == [0, 0]
+        assert found.misses == {}
+        assert found.received.sq_norms == pytest.approx(
+            {index: float(parameter.grad.square().sum()) for index, parameter in enumerate(net.parameters())}
+        )
+
+    def test_a_use_outside_of_the_layer_is_missed(self):
+        net, x = self.net(), batch()
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum() + net[0].weight.square().sum())
+        assert found.misses == {0: "it is used outside of its layer"}
+
+    def test_a_parameter_without_a_layer_and_a_complex_one_are_missed(self):
+        net, x = self.net(), batch()
+        net.scale = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        net.phase = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+        names = [name for name, _ in net.named_parameters()]
+        misses = recorded_at_the_end(net, lambda net: (net(x) * net.scale * net.phase.real).square().sum()).misses
+        assert misses.keys() == {names.index("scale"), names.index("phase")}
+
+    @pytest.mark.parametrize("why", ["a gradient is there", "a hook follows"])
+    def test_they_are_watched_where_that_is_not_so(self, why):
+        net, x, seen = self.net(), batch(), []
+        if why == "a gradient is there":
+            net[0].bias.grad = torch.ones(3, dtype=torch.float64)
+        else:
+
+            def doubles(parameter):
+                parameter.grad.mul_(2)
+
+            net[0].bias.register_post_accumulate_grad_hook(doubles)
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum(), lambda _: seen.extend(self.hooks(net)))
+        assert seen == [1, 1, 1, 1]
+        assert found.misses == {}
+        assert not found.received.is_still([parameter.grad for parameter in net.parameters()])
+
+    def test_what_is_done_to_a_gradient_after_the_pass_is_seen_afterwards_only(self):
+        net, x = self.net(), batch()
+        parameters = list(net.parameters())
+        with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
+            recorder.attach(net)
+            recorder.begin(N)
+            loss = net(x).square().sum()
+            recorder.await_end_of(loss)
+            loss.backward()
+            net[0].weight.grad.mul_(3)  # as a callback before ours may
+            found = recorder.finish()
+        assert found.misses == {}
+        assert not found.received.is_still([parameter.grad for parameter in parameters])
+
+    def test_another_loss_is_differentiated(self):
+        """By a `backward` of the module's own: gradients are looked at when the measurement asks for them."""
+        net, x = self.net(), batch()
+        parameters = list(net.parameters())
+        with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
+            recorder.attach(net)
+            recorder.begin(N)
+            out = net(x)
+            recorder.await_end_of(out.square().sum())
+            out.square().sum().backward()
+            found = recorder.finish()
+        assert found.misses == {}
+        assert found.received.is_still([parameter.grad for parameter in parameters])
+
+    def test_of_a_large_gradient_in_two_parts_the_whole_is_taken(self):
+        net, x = nn.Linear(300, 300).double(), batch(300).requires_grad_()
+
+        def loss(net):
+            once = checkpoint(net, x, use_reentrant=True)
+            return checkpoint(net, once.tanh(), use_reentrant=True).square().sum()
+
+        parameters = list(net.parameters())
+        with GhostRecorder(
+            parameters, every_use(parameters), shared=frozenset({0, 1}), awaits_loss=True, keeps_norms=True
+        ) as recorder:
+            recorder.attach(net)
+            recorder.begin(N)
+            value = loss(net)
+            recorder.await_end_of(value)
+            value.backward()
+            found = recorder.finish()
+        assert found.misses == {}
+        assert found.received.sq_norms == pytest.approx(
+            {index: float(parameter.grad.square().sum()) for index, parameter in enumerate(parameters)}
+        )
