@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_graddiv import GradientDiversityMonitor, measure_moments
 from lightning_graddiv.callbacks import outcome
 from lightning_graddiv.callbacks.outcome import ghost_outcome
+from lightning_graddiv.per_example import devices
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.functional import functional_gradients, loop_gradients
 from lightning_graddiv.per_example.ghost import GhostRecorder
@@ -409,6 +410,24 @@ def ratio(seconds: Seconds, plain: Seconds) -> float:
     return statistics.median(s / p for s, p in zip(seconds, plain, strict=False))
 
 
+def calls(task: Task) -> dict[str, int]:
+    """Return how many operators a step calls, when it measures and when not, on the way that an accelerator takes."""
+    processors, devices._PROCESSORS = devices._PROCESSORS, frozenset()
+    try:
+        found = {}
+        for name, run in contestants(task, "cpu", ("plain step", "ours, in-band")).items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                run()
+            found[name] = sum(is_operator(event) and not is_operator(event.cpu_parent) for event in profile.events())
+        return found
+    finally:
+        devices._PROCESSORS = processors
+
+
+def is_operator(event: Any) -> bool:
+    return event is not None and event.name.startswith("aten::")
+
+
 def growth_of_cost(quick: bool) -> dict[str, dict[str, float]]:
     """Return a measured step over a plain one, on the bare network, as one size grows."""
     sizes = {
@@ -504,6 +523,7 @@ def main() -> None:
     parser.add_argument("--models", help="some of them, with commas between")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--calls", action="store_true", help="count the operators that an accelerator is called for")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--every-n-steps", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--from-step", type=int, default=0, help=argparse.SUPPRESS)
@@ -513,6 +533,9 @@ def main() -> None:
     torch.set_num_threads(2)
     if arguments.memory_of:
         print(held_by_training(arguments.memory_of, arguments.every_n_steps, arguments.from_step))
+        return
+    if arguments.calls:
+        print({name: calls(task) for name, task in ON_ACCELERATORS.items()})
         return
     is_cpu = arguments.device == "cpu"
     tasks = TASKS if is_cpu else ON_ACCELERATORS

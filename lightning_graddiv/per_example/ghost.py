@@ -2,8 +2,9 @@
 
 A forward hook keeps a layer's input and puts a hook on its output tensor, which sees the gradient of the output in the
 backward pass. Both together hold every example's contribution to the layer's parameters. (Full backward hooks would
-break in-place activations.) A hook on each parameter sees its whole gradient before processes exchange theirs, so that
-a use of the parameter that no layer accounts for is noticed in the very step that makes it.
+break in-place activations.) Each parameter's whole gradient is seen before processes exchange theirs, so that a use of
+the parameter that no layer accounts for is noticed in the very step that makes it: by a hook on the parameter or, where
+one backward pass of one process is the whole step, once that is over.
 """
 
 import time
