@@ -185,8 +185,8 @@ class Convolved(Contributions):
     def _summed_over_kernel(self, of_inputs: Tensor, length: int) -> Tensor:
         """Return ``sum_d <x_(t+d), x_(s+d)>``: in one call on an accelerator, with few reads on a processor."""
         if is_accelerator(self.device):
-            pixels, kernel = of_inputs.shape[-1], self.shape[2:]
-            strides = (*of_inputs.stride()[:2], *(unit * (pixels + 1) for unit in self._units), pixels, 1)
+            kernel, (row, column) = self.shape[2:], of_inputs.stride()[2:]
+            strides = (*of_inputs.stride()[:2], *(unit * (row + column) for unit in self._units), row, column)
             views = of_inputs.as_strided((*of_inputs.shape[:2], *kernel, length, length), strides)
             return views.sum(tuple(range(2, 2 + len(kernel))))
         steps = self._steps()

@@ -34,6 +34,8 @@ Layouts = Mapping[tuple[int, int], Layout]
 """How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""
 
 
+_SECOND_PASS = "it takes part in more than one backward pass"
+
 _ATTACHED: "WeakSet[GhostRecorder]" = WeakSet()
 
 
@@ -121,7 +123,7 @@ class GhostRecorder:
         self.detach()
 
     def attach(self, module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:
-        """Put hooks on every layer with a rule, and on the parameters.
+        """Put hooks on every layer with a rule, and on the parameters, unless these await the loss.
 
         Args:
             module: what runs.
@@ -141,34 +143,46 @@ class GhostRecorder:
         if not self._awaits_loss:
             self._attach_parameters(tensors)
 
-    def _attach_parameters(self, tensors: Sequence[Tensor]) -> None:
+    def _attach_parameters(self, tensors: Sequence[Tensor], others_than: frozenset[int] = frozenset()) -> None:
         for index, tensor in enumerate(tensors):  # of all: what is applied must be what all of them received
-            if tensor.requires_grad and not is_sharded(tensor):
+            if index not in others_than and tensor.requires_grad and not is_sharded(tensor):
                 self._handles.append(tensor.register_hook(self._gradient_hook(index)))
 
     def await_end_of(self, loss: Tensor) -> None:
         """Get ready for the backward pass of a loss, the only one of a step that is measured on this process alone.
 
-        Where parameters hold no gradients yet, and nothing is done to them before the pass is over, they are looked at
-        then, all at once: a hook on each would cost calls, and the copy of its gradient. Only large ones are read as
-        they come by, while the processor has them at hand.
+        Where parameters hold no gradients yet, and no hook follows, those that are measured are looked at when the pass
+        is over, all at once: a hook on each would cost calls, and copies of what it keeps. Only large ones are read as
+        they come by, while the processor has them at hand. Of the others nothing else tells what the pass gave them.
         """
         if any(p.grad is not None or p._post_accumulate_grad_hooks for p in self._parameters):
             self._attach_parameters(self._parameters)
             return
-        for index, parameter in enumerate(self._parameters):
-            if index not in self._directions.small:
-                self._passing.append(parameter.register_hook(partial(self._guarded, self._ledger.look_at, index)))
+        self._attach_parameters(self._parameters, others_than=self._measured)
+        for index in self._measured - self._directions.small:
+            if self._parameters[index].requires_grad:
+                look = partial(self._guarded, self._look_at, index)
+                self._passing.append(self._parameters[index].register_hook(look))
         self._is_awaiting_end = True
-        queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
-        self._passing.append(loss.register_hook(lambda _: queue(partial(self._guarded, self._on_end))))
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        at_end = partial(self._guarded, self._on_end)
+        self._passing.append(loss.register_hook(lambda _: self._guarded(queue, at_end)))
+
+    def _look_at(self, index: int, gradient: Tensor) -> None:
+        if self._is_awaiting_end:
+            self._ledger.look_at(index, gradient)
+        else:
+            self._ledger.misses[index] = _SECOND_PASS
 
     def _on_end(self) -> None:
-        """Look at what parameters were given, before anybody else can."""
-        if self._is_awaiting_end:
+        """Look at what parameters were given, before anybody else can; a pass that gave them nothing is another one."""
+        if not self._is_awaiting_end:
+            return
+        given = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
+        found = {index: gradient for index, gradient in given.items() if gradient is not None}
+        if found:
             self._is_awaiting_end = False
-            given = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
-            self._ledger.receive_all({index: gradient for index, gradient in given.items() if gradient is not None})
+            self._ledger.receive_all(found)
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -264,7 +278,7 @@ class GhostRecorder:
     def _on_gradients(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
         if use.is_reached:
             for index in use.parameters.values():
-                self._ledger.misses[index] = "it takes part in more than one backward pass"
+                self._ledger.misses[index] = _SECOND_PASS
             return
         use.is_reached = True
         use.output_gradients = tuple(None if gradient is None else gradient.detach() for gradient in gradients)

@@ -60,6 +60,7 @@ class Ledger:
         self._examples = examples
         self._sq_norms: dict[int, Tensor] = {}
         self._waiting: dict[int, Tensor] = {}
+        self._looked_at: set[int] = set()
         self._sums: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
         self._received = Received(
@@ -100,15 +101,17 @@ class Ledger:
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient on its way to its parameter; it is entered when all are."""
-        if index in self._received:
+        if index in self._looked_at:  # and the first was a part
             self._received.look_again(index)
         elif not gradient.is_complex():
+            self._looked_at.add(index)
             self._received.look_at(index, gradient)
 
     def receive_all(self, gradients: Mapping[int, Tensor]) -> None:
-        """Enter all gradients that a pass gave, once it is over."""
+        """Enter all gradients that a pass gave, once it is over; those that :meth:`receive` was given are known."""
         self.misses |= {index: "it is complex" for index, gradient in gradients.items() if gradient.is_complex()}
-        self._received.add_all(gradients, keep=(self._directions.vectors | self._sums.keys()) - self.misses.keys())
+        others = {i: gradient for i, gradient in gradients.items() if i in self._looked_at or i not in self._received}
+        self._received.add_all(others, keep=self._directions.vectors | self._sums.keys())
 
     def balance(self) -> Recorded:
         """Compare, parameter by parameter, what the examples add up to with the gradient; return what was entered.

@@ -32,12 +32,10 @@ def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Ten
 def sq_norms_of_rows(tensors: Sequence[Tensor]) -> Tensor:
     """Return the squared norms of the rows of several tensors of shape (n, d), shape (len(tensors), n), float64."""
     if all(_are_short(rows) for rows in tensors):
-        sq_norms: Tensor = _norms_of_rows(tensors, torch.float32).double().square_()
-        smallest, largest = torch.aminmax(sq_norms)
-        if float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf:
-            return sq_norms
-    exact: Tensor = _norms_of_rows(tensors, torch.float64).square_()
-    return exact
+        norms = torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in tensors]).double().square_()
+        if _are_safe(norms):
+            return norms
+    return torch.stack([_sq_norms(rows.to(sum_dtype(rows))).to(tensors[0].device) for rows in tensors])
 
 
 def block_norms(tensor: Tensor) -> Tensor:
@@ -67,7 +65,8 @@ def sq_norms_of_blocks(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> Te
     for i, (sq_norm, of_one) in enumerate(zip(found.tolist(), norms, strict=True)):
         # What is lost of a block whose squares vanish is at most 1e-35.
         if of_one.dtype == torch.float32 and not _SMALLEST_SAFE_SQUARE * len(of_one) < sq_norm < math.inf:
-            found[i] = torch.linalg.vector_norm(real_view(tensors[i]), dtype=torch.float64).square()
+            dense = tensors[i].to_dense() if tensors[i].is_sparse else tensors[i]
+            found[i] = torch.linalg.vector_norm(dense, dtype=torch.float64).square()
     return found
 
 
@@ -116,18 +115,18 @@ def _sq_norms(rows: Tensor) -> Tensor:
     """
     if _takes_blocks(rows):
         sq_norms = _in_blocks(rows)
-        if sq_norms.numel() > 0:
-            smallest, largest = torch.aminmax(sq_norms)
-            if float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf:
-                return sq_norms
+        if _are_safe(sq_norms):
+            return sq_norms
     exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square_()
     return exact
 
 
-def _norms_of_rows(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    norms = [torch.linalg.vector_norm(rows, dim=-1, dtype=dtype) for rows in tensors]
-    is_together = len({of_one.device for of_one in norms}) == 1
-    return torch.stack(norms) if is_together else on_processor(norms)
+def _are_safe(sq_norms: Tensor) -> bool:
+    """Tell whether no square that went into these left float32's range."""
+    if sq_norms.numel() == 0:
+        return False
+    smallest, largest = torch.aminmax(sq_norms)
+    return float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf
 
 
 def _are_short(rows: Tensor) -> bool:

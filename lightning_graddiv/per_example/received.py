@@ -61,7 +61,7 @@ class Received:
             gradient: which it receives.
             keep: whether all its entries will be asked for.
         """
-        dense, before = gradient.to_dense() if gradient.is_sparse else gradient, self._parameters[index].grad
+        dense, before = _dense(gradient), self._parameters[index].grad
         so_far = dense if before is None or not self._keeps_local else dense + before.detach()
         self.came_in_parts |= index in self
         if keep and index not in self._images:
@@ -80,30 +80,30 @@ class Received:
             self._local[index] = sum_of_squares([so_far])
 
     def add_all(self, gradients: Mapping[int, Tensor], keep: Collection[int]) -> None:
-        """Enter all gradients that a pass gave, by index, once it is over: with few calls, which wait for nothing.
+        """Enter gradients that a pass gave, by index, once it is over: with few calls.
 
         Args:
-            gradients: dense or sparse, real or complex.
+            gradients: dense or sparse, real or complex; none that :meth:`add` was given.
             keep: of which parameters all entries will be asked for; what is kept is a copy.
         """
-        dense = {
-            index: gradient.to_dense() if gradient.is_sparse else gradient for index, gradient in gradients.items()
-        }
-        kept = [index for index in dense if index in keep]
+        kept = {index: gradient for index, gradient in gradients.items() if index in keep}
         if kept:
-            copies = flat([dense[index] for index in kept]).split([dense[index].numel() for index in kept])
-            self._kept |= dict(zip(kept, copies, strict=True))
+            entries = flat([_dense(gradient) for gradient in kept.values()])
+            self._kept |= dict(zip(kept, entries.split([gradient.numel() for gradient in kept.values()]), strict=True))
         for index, gradient in gradients.items():
             if gradient.is_complex():
                 self.add_complex(index, gradient)
             elif index not in keep and index not in self._images:
                 self.look_at(index, gradient)
-        norms = sq_norms_of_blocks(list(self._block_norms.values()), [dense[index] for index in self._block_norms])
-        self._norms = dict(zip(self._block_norms, norms, strict=True))
+        for index in self._block_norms.keys() - gradients.keys():  # it was on its way to somebody else
+            self.look_again(index)
+        looked_at = [gradients[index] for index in self._block_norms]
+        norms = sq_norms_of_blocks(list(self._block_norms.values()), looked_at)
+        self._norms |= dict(zip(self._block_norms, norms, strict=True))
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        dense = _dense(gradient)
         # The norm first: a product that finds a large gradient cold takes twice as long.
         self._block_norms[index] = block_norms(dense)
         self._images[index] = self._directions.probe(index).image_of(dense)
@@ -111,8 +111,8 @@ class Received:
 
     def look_again(self, index: int) -> None:
         """Forget a part of a gradient, as a re-entrant checkpoint gives it: :meth:`add_all` will look at the whole."""
-        del self._block_norms[index], self._images[index]
-        self._marks.pop(index, None)
+        for looked_at in (self._block_norms, self._images, self._marks):
+            looked_at.pop(index, None)
 
     def _mark(self, index: int, gradient: Tensor) -> None:
         """Remember where a gradient is; a sparse one is not recognised."""
@@ -132,7 +132,11 @@ class Received:
     def sq_norms(self) -> dict[int, float]:
         """Each gradient's squared norm; to be asked for when all have been entered."""
         # A projection's square is about that of the norm.
-        large = on_processor(list(self._norms.values())) if self._keeps_norms else self._projected.square().mean(1)
+        large = (
+            on_processor([self._norms[i] for i in self._images])
+            if self._keeps_norms
+            else self._projected.square().mean(1)
+        )
         norms = [sq_norm_of_each(self._kept.values()), large, on_processor(list(self._complex.values()))]
         return dict(zip(self.indices, torch.cat(norms).tolist(), strict=True))
 
@@ -174,6 +178,10 @@ class Received:
             return False
         pairs = [(kept, found[index]) for index, kept in self._kept.items()]
         return all(was.device == now.device for was, now in pairs) and _are_equal(pairs)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _mark_of(gradient: Tensor) -> tuple[int, int]:

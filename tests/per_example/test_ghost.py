@@ -266,52 +266,146 @@ class TestTheOnlyPass:
         assert found.misses == {}
         assert not found.received.is_still([parameter.grad for parameter in net.parameters()])
 
-    def test_what_is_done_to_a_gradient_after_the_pass_is_seen_afterwards_only(self):
-        net, x = self.net(), batch()
+    def watched(self, net, run, **kwargs):
+        """Watch what is run on a recorder; return what was recorded."""
         parameters = list(net.parameters())
-        with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
+        with GhostRecorder(
+            parameters, every_use(parameters, 9), awaits_loss=True, keeps_norms=True, **kwargs
+        ) as recorder:
             recorder.attach(net)
             recorder.begin(N)
+            run(recorder)
+            return recorder.finish()
+
+    def test_what_is_done_to_a_gradient_after_the_pass_is_seen_afterwards_only(self):
+        net, x = self.net(), batch()
+
+        def run(recorder):
             loss = net(x).square().sum()
             recorder.await_end_of(loss)
             loss.backward()
             net[0].weight.grad.mul_(3)  # as a callback before ours may
-            found = recorder.finish()
+
+        found = self.watched(net, run)
         assert found.misses == {}
-        assert not found.received.is_still([parameter.grad for parameter in parameters])
+        assert not found.received.is_still([parameter.grad for parameter in net.parameters()])
 
     def test_another_loss_is_differentiated(self):
         """By a `backward` of the module's own: gradients are looked at when the measurement asks for them."""
         net, x = self.net(), batch()
-        parameters = list(net.parameters())
-        with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
-            recorder.attach(net)
-            recorder.begin(N)
+
+        def run(recorder):
             out = net(x)
             recorder.await_end_of(out.square().sum())
             out.square().sum().backward()
-            found = recorder.finish()
-        assert found.misses == {}
-        assert found.received.is_still([parameter.grad for parameter in parameters])
 
-    def test_of_a_large_gradient_in_two_parts_the_whole_is_taken(self):
+        found = self.watched(net, run)
+        assert found.misses == {}
+        assert found.received.is_still([parameter.grad for parameter in net.parameters()])
+
+    @pytest.mark.parametrize("width", [5, 300])
+    def test_a_pass_that_reaches_no_layer_comes_before(self, width):
+        """As learned weights of losses are differentiated by themselves."""
+        net, x = nn.Linear(width, width).double(), batch(width)
+        weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+        def run(recorder):
+            loss = weight * net(x).square().sum()
+            recorder.await_end_of(loss)
+            torch.autograd.grad(loss, [weight], retain_graph=True)
+            loss.backward()
+
+        found = self.watched(net, run)
+        assert found.misses == {}
+        assert found.received.is_still([parameter.grad for parameter in net.parameters()])
+
+    @pytest.mark.parametrize("width", [5, 300])
+    @pytest.mark.parametrize("how", ["twice", "for nothing before", "of a weight afterwards"])
+    def test_several_passes_are_told_from_one(self, how, width):
+        net, x = nn.Linear(width, width).double(), batch(width)
+
+        def run(recorder):
+            loss = net(x).square().sum()
+            recorder.await_end_of(loss)
+            if how == "twice":
+                loss.backward(retain_graph=True)
+            elif how == "for nothing before":
+                torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+            loss.backward()
+            if how == "of a weight afterwards":
+                net.weight.square().sum().backward()
+
+        found = self.watched(net, run)
+        is_still = found.received.is_still([parameter.grad for parameter in net.parameters()])
+        assert not is_still or set(found.misses.values()) == {"it takes part in more than one backward pass"}
+
+    @pytest.mark.parametrize("parts", [2, 3, 4])
+    def test_of_a_large_gradient_in_parts_the_whole_is_taken(self, parts):
         net, x = nn.Linear(300, 300).double(), batch(300).requires_grad_()
 
-        def loss(net):
-            once = checkpoint(net, x, use_reentrant=True)
-            return checkpoint(net, once.tanh(), use_reentrant=True).square().sum()
+        def run(recorder):
+            value = x
+            for _ in range(parts):
+                value = checkpoint(net, value, use_reentrant=True).tanh()
+            loss = value.square().sum()
+            recorder.await_end_of(loss)
+            loss.backward()
 
-        parameters = list(net.parameters())
-        with GhostRecorder(
-            parameters, every_use(parameters), shared=frozenset({0, 1}), awaits_loss=True, keeps_norms=True
-        ) as recorder:
-            recorder.attach(net)
-            recorder.begin(N)
-            value = loss(net)
-            recorder.await_end_of(value)
-            value.backward()
-            found = recorder.finish()
+        found = self.watched(net, run, shared=frozenset({0, 1}))
         assert found.misses == {}
         assert found.received.sq_norms == pytest.approx(
-            {index: float(parameter.grad.square().sum()) for index, parameter in enumerate(parameters)}
+            {index: float(parameter.grad.square().sum()) for index, parameter in enumerate(net.parameters())}
         )
+
+    def test_what_is_not_measured_keeps_its_hook(self):
+        """Nothing else tells what the pass gave it: here a hook of another layer writes to its gradient."""
+        net, x, seen = self.net(), batch(), []
+
+        def run(recorder):
+            out = net[0](x)
+
+            def writes(gradient):
+                net[2].bias.grad.mul_(3)
+
+            out.register_hook(writes)
+            loss = net[2](out.tanh()).square().sum()
+            recorder.await_end_of(loss)
+            seen.extend(self.hooks(net))
+            loss.backward()
+
+        found = self.watched(net, run, measured=frozenset({0, 1, 2}))
+        assert seen == [0, 0, 0, 1]
+        assert found.misses == {}
+        assert sorted(found.received.sq_norms) == [0, 1, 2, 3]
+        assert not found.received.is_still([parameter.grad for parameter in net.parameters()])
+
+    def test_a_large_parameter_may_be_frozen_within_the_step(self):
+        net, x = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 2)).double(), batch(300)
+
+        def run(recorder):
+            net[0].weight.requires_grad_(False)
+            loss = net(x).square().sum()
+            recorder.await_end_of(loss)
+            loss.backward()
+
+        found = self.watched(net, run)
+        assert found.misses == {}
+        assert sorted(found.received.sq_norms) == [1, 2, 3]
+
+    def test_an_exception_in_the_pass_leaves_no_hook(self):
+        net, x = nn.Linear(300, 300).double(), batch(300)
+
+        def fails(gradient):
+            raise RuntimeError("on purpose")
+
+        def run(recorder):
+            out = net(x)
+            out.register_hook(fails)
+            loss = out.square().sum()
+            recorder.await_end_of(loss)
+            loss.backward()
+
+        with pytest.raises(RuntimeError, match="on purpose"):
+            self.watched(net, run)
+        assert self.hooks(net) == [0, 0]
+        assert not net._forward_hooks

@@ -69,6 +69,8 @@ ROWS = {
     "too small for float32": [drawn(6, 30, scale=1e-25), drawn(6, 7)],
     "too large for float32": [drawn(6, 30), drawn(6, 7, scale=1e25)],
     "one row of zeros": [torch.cat([torch.zeros(1, 30), drawn(5, 30)])],
+    "many, with one row of zeros": [torch.cat([torch.zeros(1, 900), drawn(99, 900)]), drawn(100, 2000)],
+    "none": [drawn(0, 3)],
 }
 
 
