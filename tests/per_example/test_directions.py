@@ -1,5 +1,7 @@
 """The random directions in which gradients are compared."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -97,5 +99,5 @@ def test_what_has_one_column_has_no_right_side_that_may_be_next_to_nothing(shape
 def test_other_seeds_take_other_numbers_of_the_pool_all_over_it():
     drawn = [Directions([torch.zeros(30, 20)], seed).probe(0).left[0] for seed in range(40)]
     assert len(torch.stack(drawn)[:, 0].unique()) > 35  # of 50 places; drawn at random they would be 28 or so
-    for one, following in zip(drawn, drawn[1:], strict=False):
+    for one, following in pairwise(drawn):
         assert not set(one[:10].tolist()) & set(following[:10].tolist())
