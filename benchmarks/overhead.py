@@ -535,7 +535,8 @@ def main() -> None:
         print(held_by_training(arguments.memory_of, arguments.every_n_steps, arguments.from_step))
         return
     if arguments.calls:
-        print({name: calls(task) for name, task in ON_ACCELERATORS.items()})
+        names = arguments.models.split(",") if arguments.models else ON_ACCELERATORS
+        print({name: calls(ON_ACCELERATORS[name]) for name in names})
         return
     is_cpu = arguments.device == "cpu"
     tasks = TASKS if is_cpu else ON_ACCELERATORS

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
-from lightning_graddiv.per_example.norms import sq_norms_of_rows, sum_of_squares
+from lightning_graddiv.per_example.norms import sum_of_squares
 
 _MOST_CHUNKS = 4
 """On an accelerator, so many passes over a chunk of contributions cost less than the calls that would avoid them."""
@@ -143,11 +143,6 @@ class OutputGradients:
         """|b_it|^2, shape (n g T,), float64."""
         return sum_of_squares([self._values.flatten(0, 2)], per_row=True)
 
-    def sq_norms_beside(self, others: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the squared norms of other rows, as many as here, and :attr:`sq_norms`: both at once."""
-        of_others, self.sq_norms = sq_norms_of_rows([others, self._values.flatten(0, 2)])
-        return of_others, self.sq_norms
-
     @cached_property
     def products(self) -> Tensor:
         """<b_t, b_s>, shape (n, g, T, T)."""
@@ -256,7 +251,8 @@ class Outer(Contributions):
 
     def _of_one_position(self) -> Tensor:
         """|b a'|^2 = |b|^2 |a|^2."""
-        a, b = (self.shared or OutputGradients(self.output_gradients)).sq_norms_beside(self.inputs.flatten(0, 2))
+        a = sum_of_squares([self.inputs.flatten(0, 2)], per_row=True)
+        b = (self.shared or OutputGradients(self.output_gradients)).sq_norms
         return a * b if self.inputs.shape[1] == 1 else (a * b).unflatten(0, self.inputs.shape[:2]).sum(1)
 
     @override

@@ -27,6 +27,7 @@ from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
 from lightning_graddiv.per_example.modes import own_work
+from lightning_graddiv.per_example.norms import dense
 from lightning_graddiv.per_example.precision import rounds_products
 from lightning_graddiv.per_example.records import Recorded, Use
 
@@ -332,7 +333,7 @@ class GhostRecorder:
         """Return the projections of all parameters' gradients together, shape (p,), float64."""
         return self._directions.of(
             {
-                index: gradient.to_dense() if gradient.is_sparse else gradient
+                index: dense(gradient)
                 for index, gradient in enumerate(gradients)
                 if gradient is not None and not gradient.is_complex()
             }

@@ -29,25 +29,13 @@ def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Ten
     return total if per_row else total[0]
 
 
-def sq_norms_of_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the squared norms of the rows of several tensors of shape (n, d), shape (len(tensors), n), float64."""
-    if all(_are_short(rows) for rows in tensors):
-        norms = torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in tensors]).double().square_()
-        if _are_safe(norms):
-            return norms
-    return torch.stack([_sq_norms(rows.to(sum_dtype(rows))).to(tensors[0].device) for rows in tensors])
-
-
 def block_norms(tensor: Tensor) -> Tensor:
     """Return norms that make up that of a tensor, of blocks of its entries; see :func:`sq_norms_of_blocks`."""
     tensor = tensor.to(sum_dtype(tensor))
     if not _takes_blocks(tensor):
         whole: Tensor = torch.linalg.vector_norm(real_view(tensor), dtype=torch.float64)
         return whole.view(1)
-    entries, rest = tensor.flatten(), tensor.numel() % _BLOCK
-    blocks = (entries[:-rest] if rest else entries).view(-1, _BLOCK)
-    norms: Tensor = torch.linalg.vector_norm(blocks, dim=-1)
-    return torch.cat([norms, torch.linalg.vector_norm(entries[-rest:]).view(1)]) if rest else norms
+    return _in_blocks(tensor.reshape(1, tensor.numel()))[0]
 
 
 def sq_norms_of_blocks(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
@@ -65,8 +53,7 @@ def sq_norms_of_blocks(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> Te
     for i, (sq_norm, of_one) in enumerate(zip(found.tolist(), norms, strict=True)):
         # What is lost of a block whose squares vanish is at most 1e-35.
         if of_one.dtype == torch.float32 and not _SMALLEST_SAFE_SQUARE * len(of_one) < sq_norm < math.inf:
-            dense = tensors[i].to_dense() if tensors[i].is_sparse else tensors[i]
-            found[i] = torch.linalg.vector_norm(dense, dtype=torch.float64).square()
+            found[i] = torch.linalg.vector_norm(dense(tensors[i]), dtype=torch.float64).square()
     return found
 
 
@@ -114,7 +101,7 @@ def _sq_norms(rows: Tensor) -> Tensor:
     row of ten million entries is off by 7e-4. Where squares may leave float32's range, the copy after all.
     """
     if _takes_blocks(rows):
-        sq_norms = _in_blocks(rows)
+        sq_norms = _in_blocks(rows).double().square_().sum(1)
         if _are_safe(sq_norms):
             return sq_norms
     exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square_()
@@ -129,27 +116,25 @@ def _are_safe(sq_norms: Tensor) -> bool:
     return float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf
 
 
-def _are_short(rows: Tensor) -> bool:
-    """Tell whether rows are few enough numbers to be added in float32."""
-    return not is_accelerator(rows.device) and rows.dtype == torch.float32 and rows.shape[-1] <= _BLOCK
-
-
 def _takes_blocks(entries: Tensor) -> bool:
     return not is_accelerator(entries.device) and entries.dtype == torch.float32 and entries.numel() > _FEW
 
 
 def _in_blocks(rows: Tensor) -> Tensor:
-    if rows.shape[1] <= _BLOCK:
-        sq_norms: Tensor = torch.linalg.vector_norm(rows, dim=-1).double().square_()
-        return sq_norms
-    whole = rows.shape[1] // _BLOCK * _BLOCK
-    blocks = rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK)
-    sq_norms = torch.linalg.vector_norm(blocks, dim=-1).double().square_().sum(-1)
-    return sq_norms if whole == rows.shape[1] else sq_norms + _in_blocks(rows[:, whole:])
+    """Return the norms of blocks of each row, shape (rows, blocks): what remains of a last one is a block too."""
+    rest = rows.shape[1] % _BLOCK
+    whole = (rows[:, :-rest] if rest else rows).unflatten(1, (-1, _BLOCK))
+    norms: Tensor = torch.linalg.vector_norm(whole, dim=-1)
+    return torch.cat([norms, torch.linalg.vector_norm(rows[:, -rest:], dim=-1, keepdim=True)], 1) if rest else norms
 
 
 def _rows(values: Tensor, rows: int) -> Tensor:
     return values.reshape(rows, values.numel() // max(1, rows))  # -1 would not do for parameters without entries
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Return a sparse gradient, such as an embedding's, with all its zeros; others as they are."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def real_view(gradient: Tensor) -> Tensor:

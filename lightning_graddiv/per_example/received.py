@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.norms import (
     block_norms,
+    dense,
     flat,
     on_processor,
     sq_norm_of_each,
@@ -61,21 +62,21 @@ class Received:
             gradient: which it receives.
             keep: whether all its entries will be asked for.
         """
-        dense, before = _dense(gradient), self._parameters[index].grad
-        so_far = dense if before is None or not self._keeps_local else dense + before.detach()
+        whole, before = dense(gradient), self._parameters[index].grad
+        so_far = whole if before is None or not self._keeps_local else whole + before.detach()
         self.came_in_parts |= index in self
         if keep and index not in self._images:
             # The tensor itself, not an alias: autograd adds in place to gradients that nobody else holds.
-            self._kept[index] = dense if index not in self._kept else self._kept[index] + dense
+            self._kept[index] = whole if index not in self._kept else self._kept[index] + whole
             self._local_kept[index] = so_far
             return
-        dense = self._kept.pop(index) + dense if index in self._kept else dense
-        if self._keeps_norms:  # first: a product that finds a large gradient cold takes twice as long
-            sq_norm = sum_of_squares([dense])
+        whole = self._kept.pop(index) + whole if index in self._kept else whole
+        image = self._directions.probe(index).image_of(whole)
+        self._images[index] = image + self._images[index] if index in self._images else image
+        if self._keeps_norms:
+            sq_norm = sum_of_squares([whole])
             self._norms[index] = sq_norm + self._norms[index] if index in self._norms else sq_norm
             self._mark(index, gradient)
-        image = self._directions.probe(index).image_of(dense)
-        self._images[index] = image + self._images[index] if index in self._images else image
         if self._keeps_local:
             self._local[index] = sum_of_squares([so_far])
 
@@ -88,7 +89,7 @@ class Received:
         """
         kept = {index: gradient for index, gradient in gradients.items() if index in keep}
         if kept:
-            entries = flat([_dense(gradient) for gradient in kept.values()])
+            entries = flat([dense(gradient) for gradient in kept.values()])
             self._kept |= dict(zip(kept, entries.split([gradient.numel() for gradient in kept.values()]), strict=True))
         for index, gradient in gradients.items():
             if gradient.is_complex():
@@ -103,10 +104,9 @@ class Received:
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
-        dense = _dense(gradient)
-        # The norm first: a product that finds a large gradient cold takes twice as long.
-        self._block_norms[index] = block_norms(dense)
-        self._images[index] = self._directions.probe(index).image_of(dense)
+        whole = dense(gradient)
+        self._block_norms[index] = block_norms(whole)
+        self._images[index] = self._directions.probe(index).image_of(whole)
         self._mark(index, gradient)
 
     def look_again(self, index: int) -> None:
@@ -178,10 +178,6 @@ class Received:
             return False
         pairs = [(kept, found[index]) for index, kept in self._kept.items()]
         return all(was.device == now.device for was, now in pairs) and _are_equal(pairs)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _mark_of(gradient: Tensor) -> tuple[int, int]:

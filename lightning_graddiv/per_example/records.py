@@ -123,9 +123,7 @@ def _versions(*values: Tensor | None) -> tuple[int, ...]:
 
 
 def _as_autocast_has_it(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if value is None or value.dtype == dtype == torch.float32 or not value.is_floating_point():
-        return value
-    return _wide(value.to(dtype))
+    return _wide(value.to(dtype)) if value is not None and value.is_floating_point() else value
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.functional import differentiate, require_finite
 from lightning_graddiv.per_example.losses import StepLoss, Watch
 from lightning_graddiv.per_example.modes import own_work
-from lightning_graddiv.per_example.norms import on_processor, real_view, sum_of_squares
+from lightning_graddiv.per_example.norms import dense, on_processor, real_view, sum_of_squares
 
 _FEWEST_PER_PARAMETER = 16
 """A sketch of so many numbers gives the norm of a difference to about half of it."""
@@ -92,8 +92,8 @@ class Sketcher:
         return contributions.sketches(self._directions.probe(index)).cpu() / math.sqrt(self._count)
 
     def _drawn(self, index: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        dense = real_view(gradient.to_dense() if gradient.is_sparse else gradient)
-        return self._directions.probe(index).of(dense) / math.sqrt(self._count), sum_of_squares([dense])
+        entries = real_view(dense(gradient))
+        return self._directions.probe(index).of(entries) / math.sqrt(self._count), sum_of_squares([entries])
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from lightning_graddiv.per_example.norms import (
     block_norms,
     sq_norm_of_each,
     sq_norms_of_blocks,
-    sq_norms_of_rows,
     sum_of_squares,
 )
 
@@ -58,25 +57,3 @@ def test_norms_of_several_tensors_are_those_of_float64(name):
 
 def test_no_tensors_have_no_norms():
     assert sq_norms_of_blocks([], []).shape == sq_norm_of_each([]).shape == (0,)
-
-
-ROWS = {
-    "short": [drawn(6, 784), drawn(6, 10)],
-    "long": [drawn(6, 5000)],
-    "short and long": [drawn(6, 5000), drawn(6, 10)],
-    "float64": [drawn(6, 30, dtype=torch.float64)],
-    "two precisions": [drawn(6, 30, dtype=torch.float64), drawn(6, 7)],
-    "too small for float32": [drawn(6, 30, scale=1e-25), drawn(6, 7)],
-    "too large for float32": [drawn(6, 30), drawn(6, 7, scale=1e25)],
-    "one row of zeros": [torch.cat([torch.zeros(1, 30), drawn(5, 30)])],
-    "many, with one row of zeros": [torch.cat([torch.zeros(1, 900), drawn(99, 900)]), drawn(100, 2000)],
-    "none": [drawn(0, 3)],
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_norms_of_rows_are_those_of_float64(name):
-    found = sq_norms_of_rows(ROWS[name])
-    assert found.dtype == torch.float64
-    expected = torch.stack([rows.double().square().sum(1) for rows in ROWS[name]])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
