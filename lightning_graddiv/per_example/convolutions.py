@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
 from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Probe
-from lightning_graddiv.per_example.norms import sum_of_squares
+from lightning_graddiv.per_example.norms import sq_norms_of_rows
 
 _SHIFT = 32
 """What adding one entry to another costs in products of a matrix product: it waits for memory."""
@@ -178,8 +178,7 @@ class Convolved(Contributions):
         cancels = norms < CANCELLATION * sizes
         if bool(cancels.any()):
             chosen = replace(self, inputs=self.inputs[cancels], output_gradients=self.output_gradients[cancels])
-            parts = [sum_of_squares([part.explicit()], per_row=True) for part in chosen.chunks()]
-            norms[cancels] = torch.cat(parts)
+            norms[cancels] = torch.cat([sq_norms_of_rows(part.explicit()) for part in chosen.chunks()])
         return norms
 
     def _summed_over_kernel(self, of_inputs: Tensor, length: int) -> Tensor:

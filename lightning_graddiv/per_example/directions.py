@@ -102,7 +102,7 @@ class Directions:
         if len(images) <= _FEW:
             return torch.stack([of_one @ image for of_one, image in zip(left, images.values(), strict=True)]).double()
         products = torch.cat(left, 1).T.double() * flat(images.values()).double()[:, None]
-        return sums_of_segments(products, list(images.values()))
+        return sums_of_segments(products, [len(image) for image in images.values()])
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
-from lightning_graddiv.per_example.norms import sum_of_squares
+from lightning_graddiv.per_example.norms import sq_norms_of_rows
 
 _MOST_CHUNKS = 4
 """On an accelerator, so many passes over a chunk of contributions cost less than the calls that would avoid them."""
@@ -50,10 +50,18 @@ class Probe:
 
     def image_of(self, gradient: Tensor) -> Tensor:
         """Return what a gradient takes the shared right side to, shape (o,): all that its projections need."""
-        return self._matrix(gradient) @ self.right[0]
+        image: Tensor = self._matrix(gradient) @ self.only_right
+        return image
+
+    @cached_property
+    def only_right(self) -> Tensor:
+        """The right side that all directions share, shape (numel / o,)."""
+        return self.right[0]
 
     def _matrix(self, gradient: Tensor) -> Tensor:
-        return gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
+        shape = self.left.shape[1], self.right.shape[1]
+        matrix = gradient if gradient.shape == shape else gradient.reshape(shape)
+        return matrix if matrix.dtype == self.left.dtype else matrix.to(self.left.dtype)
 
     def of_each(self, gradients: Tensor) -> Tensor:
         """Return the projections of n gradients, shape (n, p), float64."""
@@ -103,7 +111,7 @@ class Contributions(ABC):
         norms, total = [], None
         for part in self.chunks():
             explicit = part.explicit()
-            norms.append(sum_of_squares([explicit], per_row=True))
+            norms.append(sq_norms_of_rows(explicit))
             total = explicit.sum(0) if total is None else total + explicit.sum(0)
         if total is None:
             raise ValueError("there are no examples")
@@ -132,20 +140,25 @@ class OutputGradients:
     """What several parameters of a layer are multiplied with: what is asked of it more than once is computed once.
 
     Args:
-        values: shape (n, g, T, out), as in :class:`Outer`.
+        values: shape (n, T, out), as in :class:`Outer`.
     """
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
 
     @cached_property
+    def rows(self) -> Tensor:
+        """All positions of all examples one after another, shape (n T, out)."""
+        return self._values.flatten(0, 1)
+
+    @cached_property
     def sq_norms(self) -> Tensor:
-        """|b_it|^2, shape (n g T,), float64."""
-        return sum_of_squares([self._values.flatten(0, 2)], per_row=True)
+        """|b_it|^2, shape (n T,), float64."""
+        return sq_norms_of_rows(self.rows)
 
     @cached_property
     def products(self) -> Tensor:
-        """<b_t, b_s>, shape (n, g, T, T)."""
+        """<b_t, b_s>, shape (n, T, T)."""
         products: Tensor = self._values @ self._values.transpose(-1, -2)
         return products
 
@@ -187,7 +200,7 @@ class Explicit(Contributions):
     @override
     def norms_and_sum(self) -> tuple[Tensor, Tensor]:
         known = self.output_gradients
-        norms = sum_of_squares([self.values], per_row=True) if known is None else known.sq_norms
+        norms = sq_norms_of_rows(self.values) if known is None else known.sq_norms
         return norms, self.values.sum(0)
 
 
@@ -196,9 +209,9 @@ class Outer(Contributions):
     """``c_i = sum_t b_it a_it'``: the weight of a linear map that example i goes through at T positions.
 
     Attributes:
-        inputs: a, shape (n, g, T, in); g groups of channels do not see each other.
-        output_gradients: b, shape (n, g, T, out).
-        shape: of the weight: (g out, in), or the same numbers with in taken apart.
+        inputs: a, shape (n, T, in).
+        output_gradients: b, shape (n, T, out).
+        shape: of the weight: (out, in), or the same numbers with in taken apart.
         shared: b, where another parameter is multiplied with it too.
     """
 
@@ -232,7 +245,7 @@ class Outer(Contributions):
         On an accelerator they are unless they are large: two passes over them, and no look at what cancels, for which
         the processor would have to wait.
         """
-        positions, fan_in, fan_out = *self.inputs.shape[2:], self.output_gradients.shape[-1]
+        positions, fan_in, fan_out = *self.inputs.shape[1:], self.output_gradients.shape[-1]
         if positions == 1:
             return False
         is_small = 4 * len(self) * math.prod(self.shape) <= _MOST_CHUNKS * chunk_bytes(self.device)
@@ -240,57 +253,45 @@ class Outer(Contributions):
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        n, groups, positions, _ = self.inputs.shape
+        n, positions, _ = self.inputs.shape
         if self.are_formed:
             return super().measure(probe)
-        if positions == 1:
-            return self._of_one_position(), self._image(probe)
-        size = max(1, chunk_bytes(self.device) // max(1, 8 * groups * positions**2))
+        if positions == 1:  # |b a'|^2 = |b|^2 |a|^2
+            return sq_norms_of_rows(self._rows) * self._b.sq_norms, self._image(probe)
+        size = max(1, chunk_bytes(self.device) // max(1, 8 * positions**2))
         parts = [self] if size >= n else [self.at(slice(start, start + size)) for start in range(0, n, size)]
         return torch.cat([part._by_gram() for part in parts]), self._image(probe)
 
-    def _of_one_position(self) -> Tensor:
-        """|b a'|^2 = |b|^2 |a|^2."""
-        a = sum_of_squares([self.inputs.flatten(0, 2)], per_row=True)
-        b = (self.shared or OutputGradients(self.output_gradients)).sq_norms
-        return a * b if self.inputs.shape[1] == 1 else (a * b).unflatten(0, self.inputs.shape[:2]).sum(1)
+    @cached_property
+    def _rows(self) -> Tensor:
+        """The inputs at all positions of all examples one after another, shape (n T, in)."""
+        return self.inputs.flatten(0, 1)
+
+    @cached_property
+    def _b(self) -> OutputGradients:
+        return OutputGradients(self.output_gradients) if self.shared is None else self.shared
 
     @override
     def sketches(self, probe: Probe) -> Tensor:
-        return self._projected_positions(probe).sum((1, 2), dtype=torch.float64)
+        """Add up the projections of b_t a_t', shape (n T, p), over positions."""
+        products = (self._rows @ probe.right.T) * (self._b.rows @ probe.left.T)
+        projected: Tensor = products.unflatten(0, self.inputs.shape[:2])
+        return projected.sum(1, dtype=torch.float64)
 
     def _image(self, probe: Probe) -> Tensor:
         """Return what the sum takes the shared right side to: ``sum_it b_it <a_it, right>``."""
-        groups = self.inputs.shape[1]
-        seen: Tensor = self.inputs.flatten(0, 2) @ probe.right[0]
-        if groups == 1:
-            return self.output_gradients.flatten(0, 2).T @ seen
-        by_group = zip(seen.view(self.inputs.shape[:3]).unbind(1), self.output_gradients.unbind(1), strict=True)
-        return torch.cat([b.flatten(0, 1).T @ of_group.flatten() for of_group, b in by_group])
-
-    def _projected_positions(self, probe: Probe) -> Tensor:
-        """Return the projections of b_t a_t', shape (n, g, T, p)."""
-        a, b = self.inputs, self.output_gradients
-        # One product of two matrices for each group, rather than one for each example.
-        inputs: Tensor = (a.flatten(0, 2) @ probe.right.T).unflatten(0, a.shape[:3])
-        if b.shape[1] == 1:
-            outputs: Tensor = (b.flatten(0, 2) @ probe.left.T).unflatten(0, b.shape[:3])
-            return inputs * outputs
-        left = probe.left.unflatten(1, (b.shape[1], -1))
-        groups = [b[:, g].flatten(0, 1) @ left[:, g].T for g in range(b.shape[1])]  # of (n T, p)
-        outputs = torch.stack(groups).unflatten(1, (len(a), -1)).transpose(0, 1)
-        return inputs * outputs
+        image: Tensor = self._b.rows.T @ (self._rows @ probe.only_right)
+        return image
 
     def _by_gram(self) -> Tensor:
         """|sum_t b_t a_t'|^2 = sum_{t,s} <a_t, a_s> <b_t, b_s>."""
         a, b = self.inputs, self.output_gradients
-        products = (a @ a.transpose(-1, -2)).mul_((self.shared or OutputGradients(b)).products)
-        norms: Tensor = products.sum((1, 2, 3), dtype=torch.float64)
-        cancels = norms < CANCELLATION * products.abs().sum((1, 2, 3), dtype=torch.float64)
+        products = (a @ a.transpose(-1, -2)).mul_(self._b.products)
+        norms: Tensor = products.sum((1, 2), dtype=torch.float64)
+        cancels = norms < CANCELLATION * products.abs().sum((1, 2), dtype=torch.float64)
         if bool(cancels.any()):
             chosen = replace(self, inputs=a[cancels], output_gradients=b[cancels], shared=None)
-            parts = [sum_of_squares([part.explicit()], per_row=True) for part in chosen.chunks()]
-            norms[cancels] = torch.cat(parts)
+            norms[cancels] = torch.cat([sq_norms_of_rows(part.explicit()) for part in chosen.chunks()])
         return norms
 
 
@@ -339,7 +340,7 @@ class Lookup(Contributions):
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Add up the rows of equal tokens within an example before taking norms."""
-        seen = self.output_gradients.flatten(0, 1) @ probe.right[0]
+        seen = self.output_gradients.flatten(0, 1) @ probe.only_right
         image = seen.new_zeros(self.shape[0]).index_add_(0, self.index.flatten(), seen)
         examples = torch.arange(len(self), device=self.index.device)[:, None]
         keys, inverse = torch.unique(examples * self.shape[0] + self.index, return_inverse=True)
@@ -347,7 +348,7 @@ class Lookup(Contributions):
         rows = b.new_zeros(len(keys), b.shape[-1]).index_add_(0, inverse.flatten(), b.flatten(0, 1))
         norms = b.new_zeros(len(self), dtype=torch.float64)
         if len(keys) > 0:
-            norms.index_add_(0, keys // self.shape[0], sum_of_squares([rows], per_row=True))
+            norms.index_add_(0, keys // self.shape[0], sq_norms_of_rows(rows))
         return norms, image
 
 
@@ -416,8 +417,8 @@ def added(uses: Sequence[Contributions]) -> Contributions:
     lookups = [use for use in uses if isinstance(use, Lookup)]
     parts: list[Contributions] = [use for use in uses if not isinstance(use, Outer | Lookup)]
     if outers:
-        inputs = torch.cat([use.inputs for use in outers], 2)
-        parts.append(Outer(inputs, torch.cat([use.output_gradients for use in outers], 2), outers[0].shape))
+        inputs = torch.cat([use.inputs for use in outers], 1)
+        parts.append(Outer(inputs, torch.cat([use.output_gradients for use in outers], 1), outers[0].shape))
     if lookups:
         index = torch.cat([use.index for use in lookups], 1)
         parts.append(Lookup(index, torch.cat([use.output_gradients for use in lookups], 1), lookups[0].shape))
@@ -426,7 +427,7 @@ def added(uses: Sequence[Contributions]) -> Contributions:
 
 def _inner(outer: Outer, lookup: Lookup) -> Tensor:
     """Return <c_i, c'_i> of a linear map and a lookup in the same weight: a token's row of the map's gradient."""
-    a, b = outer.inputs[:, 0], outer.output_gradients[:, 0]  # a weight that is a table too has one group
+    a, b = outer.inputs, outer.output_gradients
     index = lookup.index[:, None, :].expand(-1, b.shape[1], -1)
     products = b.gather(2, index) * (a @ lookup.output_gradients.transpose(1, 2))  # (n, T, S)
     return products.sum((1, 2), dtype=torch.float64)

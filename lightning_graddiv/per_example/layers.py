@@ -45,17 +45,21 @@ class Layout(Enum):
             return len(leading) > 1 and leading[1] == examples
         return leading[0] > examples and leading[0] % examples == 0
 
+    def is_plain(self, values: Tensor, leading: int, examples: int) -> bool:
+        """Tell whether each row is an example, as in most networks."""
+        return self is Layout.FIRST and leading == 1 and len(values) == examples > 0
+
     def arrange(self, values: Tensor, leading: int, examples: int) -> Tensor:
         """Return the values with shape (n, T, ...), where the first ``leading`` dimensions hold examples and positions.
 
         Raises:
             ValueError: they do not fit.
         """
+        if self.is_plain(values, leading, examples):
+            return values.unsqueeze(1)
         shape = values.shape[:leading]
         if not self.fits(tuple(shape), examples):
             raise ValueError(f"{examples} examples cannot lie in {tuple(shape)} as {self.value}")
-        if self is Layout.FIRST and leading == 1:
-            return values.unsqueeze(1)
         trailing = values.shape[leading:]
         if self is Layout.SECOND:
             values = values.transpose(0, 1)
@@ -79,6 +83,11 @@ class Arrangement:
     def __call__(self, values: Tensor, leading: int) -> Tensor:
         """Return the values with shape (n, T, ...)."""
         return self.layout.arrange(values, leading, self.examples)
+
+    def summed(self, values: Tensor, leading: int) -> Tensor:
+        """Return the values summed over an example's positions, shape (n, ...): they themselves where there is one."""
+        is_plain = self.layout.is_plain(values, leading, self.examples)
+        return values if is_plain else self(values, leading).sum(1)
 
 
 Leading = Callable[[Any, Tensor], int]
@@ -182,20 +191,15 @@ def _first_if_batched(dimensions: int) -> Leading:
 def _linear(
     layer: nn.Linear, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
 ) -> dict[str, Contributions]:
-    b = arrange(output_gradients, output_gradients.ndim - 1).unsqueeze(1)
+    leading = output_gradients.ndim - 1
+    b = arrange(output_gradients, leading)
     found: dict[str, Contributions] = {}
-    shared = OutputGradients(b) if b.shape[2] == 1 else None
+    shared = OutputGradients(b) if b.shape[1] == 1 else None
     if _wants(layer.weight):
-        a = arrange(inputs, inputs.ndim - 1)
-        found["weight"] = Outer(a.unsqueeze(1), b, layer.weight.shape, shared)
+        found["weight"] = Outer(arrange(inputs, leading), b, layer.weight.shape, shared)
     if _wants(layer.bias):
-        found["bias"] = Explicit(_over_positions(b[:, 0]), shared)
+        found["bias"] = Explicit(b.sum(1) if shared is None else shared.rows, shared)
     return found
-
-
-def _over_positions(values: Tensor) -> Tensor:
-    """Sum values of shape (n, T, ...) over an example's positions: a view where there is one."""
-    return values[:, 0] if values.shape[1] == 1 else values.sum(1)
 
 
 def _convolution(
@@ -205,7 +209,7 @@ def _convolution(
     if _wants(layer.weight):
         found["weight"] = convolution_weight(layer, inputs, output_gradients, arrange)
     if _wants(layer.bias):
-        found["bias"] = Explicit(_over_positions(arrange(output_gradients.flatten(2).sum(2), 1)))
+        found["bias"] = Explicit(arrange.summed(output_gradients.flatten(2).sum(2), 1))
     return found
 
 
@@ -239,10 +243,10 @@ def _affine(
         normalized, output_gradients = normalized.flatten(seen), output_gradients.flatten(seen)
     if _wants(layer.weight):
         products = torch.linalg.vecdot(normalized, output_gradients) if has_space else normalized * output_gradients
-        found["weight"] = Explicit(_over_positions(arrange(products, leading)))
+        found["weight"] = Explicit(arrange.summed(products, leading))
     if _wants(getattr(layer, "bias", None)):
         sums = output_gradients.sum(-1) if has_space else output_gradients
-        found["bias"] = Explicit(_over_positions(arrange(sums, leading)))
+        found["bias"] = Explicit(arrange.summed(sums, leading))
     return found
 
 

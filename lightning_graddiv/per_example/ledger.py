@@ -138,9 +138,9 @@ class Ledger:
         if not self._waiting:
             return
         values = torch.cat(list(self._waiting.values()), 1).double()
-        rows = [self._parameters[index] for index in self._waiting]
-        self._sums |= dict(zip(self._waiting, values.sum(0).split([len(row) for row in rows]), strict=True))
-        norms = sums_of_segments(values.square_().T.contiguous(), rows)
+        lengths = [len(self._parameters[index]) for index in self._waiting]
+        self._sums |= dict(zip(self._waiting, values.sum(0).split(lengths), strict=True))
+        norms = sums_of_segments(values.square_().T.contiguous(), lengths)
         self._sq_norms |= dict(zip(self._waiting, norms, strict=True))
 
     def _compare(self, received: dict[int, float]) -> None:
@@ -181,9 +181,9 @@ class Ledger:
     def _distances(self, indices: Sequence[int]) -> Tensor:
         """Return the norms of differences, entry by entry."""
         wanted = [self._received.entries(index) for index in indices]
-        kept = [gradient.flatten() for gradient in wanted if gradient is not None]
+        kept = [gradient for gradient in wanted if gradient is not None]
         difference = flat([self._sums[index] for index in indices]).double() - flat(kept).double()
-        return sums_of_segments(difference.square_(), kept).sqrt().cpu()
+        return sums_of_segments(difference.square_(), [gradient.numel() for gradient in kept]).sqrt().cpu()
 
 
 def _is_few(contributions: Contributions) -> bool:

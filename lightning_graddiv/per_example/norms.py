@@ -21,17 +21,26 @@ _SMALLEST_SAFE_SQUARE = 1e-24
 """Above it, squares that float32 rounds to zero do not count."""
 
 
+_WIDE = frozenset({torch.float32, torch.float64})
+
+
 def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Tensor:
     """Add up squared entries over all parameters in float64; with ``per_row`` one sum for each leading index."""
-    rows = [_rows(real_view(gradient), len(gradient) if per_row else 1) for gradient in gradients]
-    norms = [_sq_norms(entries.to(sum_dtype(entries))) for entries in rows]
-    total = norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
-    return total if per_row else total[0]
+    if per_row:
+        norms = [sq_norms_of_rows(gradient) for gradient in gradients]
+    else:
+        norms = [_sq_norms(_rows(wide(real_view(gradient)), 1))[0] for gradient in gradients]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+
+
+def sq_norms_of_rows(values: Tensor) -> Tensor:
+    """Return the squared norm of what each leading index holds, shape (n,), float64."""
+    return _sq_norms(_rows(wide(real_view(values)), len(values)))
 
 
 def block_norms(tensor: Tensor) -> Tensor:
     """Return norms that make up that of a tensor, of blocks of its entries; see :func:`sq_norms_of_blocks`."""
-    tensor = tensor.to(sum_dtype(tensor))
+    tensor = wide(tensor)
     if not _takes_blocks(tensor):
         whole: Tensor = torch.linalg.vector_norm(real_view(tensor), dtype=torch.float64)
         return whole.view(1)
@@ -49,7 +58,7 @@ def sq_norms_of_blocks(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> Te
         return on_processor([])
     if len({of_one.device for of_one in norms}) > 1:
         return torch.cat([sq_norms_of_blocks([of], [tensor]) for of, tensor in zip(norms, tensors, strict=True)])
-    found = sums_of_segments(flat(norms).double().square_(), norms).cpu()
+    found = sums_of_segments(flat(norms).double().square_(), [len(of_one) for of_one in norms]).cpu()
     for i, (sq_norm, of_one) in enumerate(zip(found.tolist(), norms, strict=True)):
         # What is lost of a block whose squares vanish is at most 1e-35.
         if of_one.dtype == torch.float32 and not _SMALLEST_SAFE_SQUARE * len(of_one) < sq_norm < math.inf:
@@ -66,8 +75,8 @@ def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
     small = [i for i in range(len(listed)) if i not in norms]
     for device in {listed[i].device for i in small}:
         chosen = [i for i in small if listed[i].device == device]
-        entries = [real_view(listed[i]).flatten() for i in chosen]
-        found = sums_of_segments(flat(entries).double().square_(), entries)
+        entries = [real_view(listed[i]) for i in chosen]
+        found = sums_of_segments(flat(entries).double().square_(), [part.numel() for part in entries])
         if len(chosen) == len(listed):
             return found.cpu()
         norms |= dict(zip(chosen, found.cpu(), strict=True))
@@ -76,13 +85,12 @@ def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
 
 def flat(tensors: Collection[Tensor]) -> Tensor:
     """Return the tensors' entries one after another."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    return torch.cat([tensor if tensor.ndim == 1 else tensor.flatten() for tensor in tensors])
 
 
-def sums_of_segments(values: Tensor, segments: Sequence[Tensor]) -> Tensor:
-    """Return what consecutive segments of ``values``, as long as ``segments``, add up to: shape (segments, ...)."""
-    lengths = torch.tensor([len(segment) for segment in segments], device=values.device)
-    total: Tensor = torch.segment_reduce(values, "sum", lengths=lengths)
+def sums_of_segments(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return what consecutive segments of ``values``, of these lengths, add up to: shape (segments, ...)."""
+    total: Tensor = torch.segment_reduce(values, "sum", lengths=torch.tensor(lengths, device=values.device))
     return total
 
 
@@ -101,7 +109,8 @@ def _sq_norms(rows: Tensor) -> Tensor:
     row of ten million entries is off by 7e-4. Where squares may leave float32's range, the copy after all.
     """
     if _takes_blocks(rows):
-        sq_norms = _in_blocks(rows).double().square_().sum(1)
+        of_blocks = _in_blocks(rows).double().square_()
+        sq_norms = of_blocks.sum(1) if of_blocks.shape[1] > 1 else of_blocks[:, 0]
         if _are_safe(sq_norms):
             return sq_norms
     exact: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square_()
@@ -122,13 +131,21 @@ def _takes_blocks(entries: Tensor) -> bool:
 
 def _in_blocks(rows: Tensor) -> Tensor:
     """Return the norms of blocks of each row, shape (rows, blocks): what remains of a last one is a block too."""
+    if rows.shape[1] <= _BLOCK:
+        return _norms(rows).unsqueeze(1)
     rest = rows.shape[1] % _BLOCK
-    whole = (rows[:, :-rest] if rest else rows).unflatten(1, (-1, _BLOCK))
-    norms: Tensor = torch.linalg.vector_norm(whole, dim=-1)
-    return torch.cat([norms, torch.linalg.vector_norm(rows[:, -rest:], dim=-1, keepdim=True)], 1) if rest else norms
+    norms = _norms((rows[:, :-rest] if rest else rows).unflatten(1, (-1, _BLOCK)))
+    return torch.cat([norms, _norms(rows[:, -rest:]).unsqueeze(1)], 1) if rest else norms
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norms
 
 
 def _rows(values: Tensor, rows: int) -> Tensor:
+    if values.ndim == 2 and len(values) == rows:
+        return values
     return values.reshape(rows, values.numel() // max(1, rows))  # -1 would not do for parameters without entries
 
 
@@ -142,7 +159,11 @@ def real_view(gradient: Tensor) -> Tensor:
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
-def sum_dtype(gradient: Tensor) -> torch.dtype:
-    """Sum in at least float32, whatever the parameters are kept in."""
-    is_enough = gradient.dtype in {torch.float32, torch.float64}
-    return gradient.dtype if is_enough else torch.promote_types(gradient.dtype, torch.float32)
+def wide(values: Tensor) -> Tensor:
+    """Return values in at least float32, in which they are summed whatever the parameters are kept in."""
+    return values if values.dtype in _WIDE else values.to(sum_dtype(values))
+
+
+def sum_dtype(values: Tensor) -> torch.dtype:
+    """Return the type that :func:`wide` gives values."""
+    return values.dtype if values.dtype in _WIDE else torch.promote_types(values.dtype, torch.float32)

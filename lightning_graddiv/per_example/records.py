@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout
-from lightning_graddiv.per_example.norms import sum_dtype
+from lightning_graddiv.per_example.norms import wide
 from lightning_graddiv.per_example.received import Received
 
 
@@ -83,7 +83,7 @@ class Use:
         if dtype is None:
             raise MeasurementError("the backward pass did not reach the layer")
         inputs = [_as_autocast_has_it(value, dtype) for value in self.inputs]
-        gradients = [None if gradient is None else _wide(gradient) for gradient in self.output_gradients]
+        gradients = [None if gradient is None else wide(gradient) for gradient in self.output_gradients]
         if self.kind.inputs is None:
             return self.kind.contributions(self.layer, inputs[0], gradients[0], arrangement)
         is_unchanged = _versions(self.output) == self.versions[-1:]
@@ -123,8 +123,6 @@ def _versions(*values: Tensor | None) -> tuple[int, ...]:
 
 
 def _as_autocast_has_it(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return _wide(value.to(dtype)) if value is not None and value.is_floating_point() else value
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(sum_dtype(values))
+    if value is None or not value.is_floating_point():
+        return value
+    return wide(value if value.dtype == dtype else value.to(dtype))

@@ -156,10 +156,10 @@ def _contributions(
     found: dict[str, Contributions] = {}
     sides = [arranged(gradients[0])]
     sides.append(sides[0] if gradients[1] is gradients[0] else arranged(gradients[1]))
-    shared = OutputGradients(sides[0].unsqueeze(1)) if sides[1] is sides[0] else None
+    shared = OutputGradients(sides[0]) if sides[1] is sides[0] else None
     for name, b, a in zip(names[:2], sides, (scan.inputs, scan.before), strict=True):
         if getattr(layer, name).requires_grad:
-            found[name] = Outer(arranged(a).unsqueeze(1), b.unsqueeze(1), getattr(layer, name).shape, shared)
+            found[name] = Outer(arranged(a), b, getattr(layer, name).shape, shared)
     for name, b in zip(names[2:], sides, strict=False):
         if getattr(layer, name).requires_grad:
             found[name] = Explicit(b.sum(1))

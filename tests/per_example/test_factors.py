@@ -19,10 +19,10 @@ def explicit(*shape):
     return Explicit(values), values
 
 
-def outer(groups, positions, fan_in, fan_out, kernel=()):
-    a, b = normal(N, groups, positions, fan_in), normal(N, groups, positions, fan_out)
-    shape = torch.Size((groups * fan_out, *(kernel or (fan_in,))))
-    formed = torch.stack([torch.cat([b[i, g].T @ a[i, g] for g in range(groups)]) for i in range(N)])
+def outer(positions, fan_in, fan_out, kernel=()):
+    a, b = normal(N, positions, fan_in), normal(N, positions, fan_out)
+    shape = torch.Size((fan_out, *(kernel or (fan_in,))))
+    formed = torch.stack([b[i].T @ a[i] for i in range(N)])
     return Outer(a, b, shape), formed.reshape(N, *shape)
 
 
@@ -41,19 +41,16 @@ def total(*parts):
 
 
 ONE_POSITION = {
-    "one position": lambda: outer(1, 1, 4, 3),
-    "one position of each group": lambda: outer(3, 1, 4, 2),
+    "one position": lambda: outer(1, 4, 3),
 }
 FEW_POSITIONS = {
-    "few positions": lambda: outer(1, 3, 8, 9),
-    "few positions in groups": lambda: outer(2, 3, 9, 8),
-    "few positions under a kernel": lambda: outer(2, 2, 12, 8, (3, 2, 2)),
-    "as many positions as pay": lambda: outer(1, 3, 6, 6),
+    "few positions": lambda: outer(3, 8, 9),
+    "few positions under a kernel": lambda: outer(2, 12, 8, (3, 2, 2)),
+    "as many positions as pay": lambda: outer(3, 6, 6),
 }
 MANY_POSITIONS = {
-    "many positions": lambda: outer(1, 20, 4, 3),
-    "many positions in groups": lambda: outer(3, 20, 4, 2),
-    "one position more than pays": lambda: outer(1, 4, 6, 6),
+    "many positions": lambda: outer(20, 4, 3),
+    "one position more than pays": lambda: outer(4, 6, 6),
 }
 LOOKUPS = {
     "a table": lambda: lookup(7, 9, 4),
@@ -61,16 +58,16 @@ LOOKUPS = {
     "a table at one position": lambda: lookup(1, 9, 4),
 }
 TABLES_WITH_A_HEAD = {
-    "a table and its head": lambda: total(outer(1, 2, 4, 9), lookup(5, 9, 4)),
-    "a head and its table": lambda: total(lookup(5, 9, 4), outer(1, 1, 4, 9)),
+    "a table and its head": lambda: total(outer(2, 4, 9), lookup(5, 9, 4)),
+    "a head and its table": lambda: total(lookup(5, 9, 4), outer(1, 4, 9)),
 }
 OTHERS = {
     "a bias": lambda: explicit(4),
     "a number": lambda: explicit(),
     "a matrix": lambda: explicit(2, 3),
     "two biases": lambda: total(explicit(4), explicit(4)),
-    "a linear map and what is added to it": lambda: total(outer(1, 3, 4, 9), explicit(9, 4)),
-    "a table, its head and what is added to it": lambda: total(outer(1, 2, 4, 9), lookup(5, 9, 4), explicit(9, 4)),
+    "a linear map and what is added to it": lambda: total(outer(3, 4, 9), explicit(9, 4)),
+    "a table, its head and what is added to it": lambda: total(outer(2, 4, 9), lookup(5, 9, 4), explicit(9, 4)),
 }
 CASES = ONE_POSITION | FEW_POSITIONS | MANY_POSITIONS | LOOKUPS | TABLES_WITH_A_HEAD | OTHERS
 
@@ -161,10 +158,10 @@ def test_positions_are_not_compared_with_each_other_where_that_costs_more(name, 
 
 
 def test_products_between_positions_are_bounded(monkeypatch):
-    contributions, formed = build("few positions in groups")
+    contributions, formed = build("few positions")
     held, by_gram = [], Outer._by_gram
     monkeypatch.setattr(Outer, "_by_gram", lambda part: (held.append(len(part)), by_gram(part))[1])
-    monkeypatch.setattr(devices, "_CHUNK_BYTES", 2 * 8 * 2 * 3**2)  # two examples, float64, two groups, 3 positions
+    monkeypatch.setattr(devices, "_CHUNK_BYTES", 2 * 8 * 3**2)  # two examples, float64, 3 positions
     assert_measures(contributions, formed)
     assert held == [2, 2, 1]
 
@@ -173,8 +170,8 @@ def cancelling(n=400, width=16):
     """Three positions whose products cancel, up to rounding; and a table's rows that do."""
     u, v, w = (normal(n, width, dtype=torch.float32) for _ in range(3))
     a, b = torch.stack([u, v, u + v], 1), torch.stack([w, w, -w], 1)
-    summed = Outer(a[:, None], b[:, None], torch.Size((width, width)))
-    head = Outer(a[:, None, :1], torch.eye(width)[torch.arange(n) % width][:, None, None], torch.Size((width, width)))
+    summed = Outer(a, b, torch.Size((width, width)))
+    head = Outer(a[:, :1], torch.eye(width)[torch.arange(n) % width][:, None], torch.Size((width, width)))
     table = Lookup((torch.arange(n) % width)[:, None].expand(n, 2), torch.stack([v, -u - v], 1), head.shape)
     return {"positions": summed, "a table and its head": Total((head, table))}
 
@@ -188,16 +185,16 @@ def test_what_cancels_has_a_norm_of_zero_up_to_rounding_and_never_less(name):
 
 
 USES = {
-    "linear maps": (FEW_POSITIONS["few positions"], lambda: outer(1, 1, 8, 9)),
+    "linear maps": (FEW_POSITIONS["few positions"], lambda: outer(1, 8, 9)),
     "tables": (LOOKUPS["a table"], LOOKUPS["a table at one position"]),
     "biases": (OTHERS["a bias"],) * 2,
     "tables and heads": (
         lambda: lookup(5, 9, 4),
-        lambda: outer(1, 1, 4, 9),
+        lambda: outer(1, 4, 9),
         lambda: lookup(2, 9, 4),
-        lambda: outer(1, 1, 4, 9),
+        lambda: outer(1, 4, 9),
     ),
-    "every kind": (lambda: lookup(5, 9, 4), lambda: explicit(9, 4), lambda: outer(1, 2, 4, 9), lambda: explicit(9, 4)),
+    "every kind": (lambda: lookup(5, 9, 4), lambda: explicit(9, 4), lambda: outer(2, 4, 9), lambda: explicit(9, 4)),
 }
 
 
@@ -270,7 +267,7 @@ def test_an_empty_parameter_has_projections_of_zero(shape):
 @pytest.mark.parametrize(
     ("contributions", "shape"),
     [
-        (Outer(torch.zeros(N, 1, 0, 3), torch.zeros(N, 1, 0, 4), torch.Size((4, 3))), (4, 3)),
+        (Outer(torch.zeros(N, 0, 3), torch.zeros(N, 0, 4), torch.Size((4, 3))), (4, 3)),
         (Lookup(torch.zeros(N, 0, dtype=torch.long), torch.zeros(N, 0, 3), torch.Size((4, 3))), (4, 3)),
     ],
     ids=["linear map", "table"],
@@ -285,5 +282,5 @@ def test_examples_without_positions_contribute_nothing(contributions, shape):
 
 @pytest.mark.parametrize(("device", "width", "formed"), [("cpu", 64, False), ("meta", 64, True), ("meta", 8192, False)])
 def test_an_accelerator_forms_what_is_small_where_a_processor_multiplies_positions(device, width, formed):
-    inputs, output_gradients = (torch.zeros(N, 1, 2, width, device=device) for _ in "ab")
+    inputs, output_gradients = (torch.zeros(N, 2, width, device=device) for _ in "ab")
     assert Outer(inputs, output_gradients, torch.Size((width, width))).are_formed is formed
