@@ -55,12 +55,9 @@ class Convolved(Contributions):
 
     @override
     def explicit(self) -> Tensor:
-        """Differentiate each row with the library's own kernel: every row becomes a group of channels.
-
-        On a GPU that kernel is called once for each row, or nearly so: there, one product over what it would see.
-        """
+        """Differentiate each row with the library's own kernel: every row becomes a group of channels."""
         if self.takes_patches:
-            return self._by_patches()
+            return self._patches().explicit()
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
         rows = len(inputs)
         inputs, output_gradients = inputs.flatten(0, 1)[None], output_gradients.flatten(0, 1)[None]
@@ -69,34 +66,19 @@ class Convolved(Contributions):
 
     @property
     def takes_patches(self) -> bool:
-        """Whether a product of matrices is faster than the library's kernel."""
+        """Whether a product of matrices is faster than the library's kernel, which a GPU calls for nearly each row."""
         return is_accelerator(self.device)
 
-    def _by_patches(self) -> Tensor:
-        """Multiply the output's gradients with the patches of the input that they come from."""
-        n, rows, space = len(self), self.inputs.shape[1], self.output_gradients.shape[3:]
-        inputs = self._padded_inputs.flatten(0, 1).contiguous()
-        strides = inputs.stride()[2:]
-        patches = inputs.as_strided(
-            (*inputs.shape[:2], *self.shape[2:], *space),
-            (
-                *inputs.stride()[:2],
-                *(d * s for d, s in zip(self.dilation, strides, strict=True)),
-                *(d * s for d, s in zip(self.stride, strides, strict=True)),
-            ),
-        )
-        a = patches.reshape(n * rows * self.groups, -1, math.prod(space))  # (n k groups, in K, L)
-        b = self.output_gradients.reshape(n * rows * self.groups, -1, math.prod(space))
-        by_row = torch.bmm(b, a.transpose(-1, -2))
-        return by_row.reshape(n, *self.shape) if rows == 1 else by_row.reshape(n, rows, *self.shape).sum(1)
-
-    @property
-    @override
-    def formed_at_once(self) -> int:
-        if not self.takes_patches:
-            return math.prod(self.shape)
-        patches = self.inputs.shape[2] * math.prod(self.shape[2:]) * math.prod(self.output_gradients.shape[3:])
-        return math.prod(self.shape) + self.inputs.shape[1] * patches
+    def _patches(self) -> "Patches":
+        inputs = self._padded_inputs.contiguous()
+        rows, steps = inputs.stride()[:3], inputs.stride()[3:]
+        kernel, space = self.shape[2:], self.output_gradients.shape[3:]
+        between_entries = (d * s for d, s in zip(self.dilation, steps, strict=True))
+        between_positions = (d * s for d, s in zip(self.stride, steps, strict=True))
+        patches = inputs.as_strided((*inputs.shape[:3], *kernel, *space), (*rows, *between_entries, *between_positions))
+        n, positions = len(self), math.prod(space)
+        b = self.output_gradients.reshape(n, -1, self.shape[0] // self.groups, positions)
+        return Patches(patches, b, self.shape)
 
     @property
     @override
@@ -105,9 +87,7 @@ class Convolved(Contributions):
 
     @override
     def norms_and_sum(self) -> tuple[Tensor, Tensor]:
-        if self.takes_patches and any(self.padding):  # once, rather than for each part of the examples
-            return replace(self, inputs=self._padded_inputs, padding=(0,) * len(self.padding)).norms_and_sum()
-        return super().norms_and_sum()
+        return self._patches().norms_and_sum() if self.takes_patches else super().norms_and_sum()
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
@@ -221,6 +201,47 @@ class Convolved(Contributions):
         )
         found: Tensor = gradient
         return found
+
+
+@dataclass(frozen=True)
+class Patches(Contributions):
+    """The same as products of matrices: of the output's gradients and the patches of the input that they come from.
+
+    Attributes:
+        patches: shape (n, k, channels, kernel ..., space ...), overlapping views of the padded input.
+        output_gradients: shape (n, k groups, channels of a group, positions).
+        shape: of the weight.
+    """
+
+    patches: Tensor
+    output_gradients: Tensor
+    shape: torch.Size
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.patches.device
+
+    @override
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    @override
+    def at(self, examples: slice) -> "Patches":
+        return Patches(self.patches[examples], self.output_gradients[examples], self.shape)
+
+    @override
+    def explicit(self) -> Tensor:
+        b = self.output_gradients.flatten(0, 1)
+        a = self.patches.reshape(len(b), -1, b.shape[-1])  # here they are copied
+        n, rows = self.patches.shape[:2]
+        formed = torch.bmm(b, a.transpose(-1, -2))
+        return formed.view(n, *self.shape) if rows == 1 else formed.view(n, rows, *self.shape).sum(1)
+
+    @property
+    @override
+    def formed_at_once(self) -> int:
+        return math.prod(self.shape) + math.prod(self.patches.shape[1:])
 
 
 def convolution_weight(

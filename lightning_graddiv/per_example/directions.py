@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_graddiv.per_example.factors import DIRECTIONS, Probe
-from lightning_graddiv.per_example.norms import flat, sums_of_segments
+from lightning_graddiv.per_example.norms import flat, sum_dtype, sums_of_segments
 
 _SMALL = 2**16
 """Parameters of up to so many numbers are kept until a pass is over and handled together: one by one, the calls would
@@ -54,13 +54,13 @@ class Directions:
         found = self._probes.get(index)
         if found is None:
             parameter, (start, middle, end) = self._parameters[index], self._places[index]
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            numbers = self._numbers[:, start:end].to(parameter.device, dtype)
-            right = numbers[: self._rights, middle - start :]
+            left, right = self._numbers[:, start:middle], self._numbers[: self._rights, middle:end]
             # One number on the right would be a factor of all directions, which may be next to nothing.
             right = torch.ones_like(right) if end - middle == 1 else right
-            found = Probe(numbers[:, : middle - start], right)
-            self._probes[index] = found
+            if (parameter.dtype, parameter.device) != (left.dtype, left.device):
+                where, dtype = parameter.device, sum_dtype(parameter)
+                left, right = left.to(where, dtype), right.to(where, dtype)
+            found = self._probes[index] = Probe(left, right)
         return found
 
     def of(self, gradients: Mapping[int, Tensor]) -> Tensor:

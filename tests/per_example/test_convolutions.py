@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_graddiv.per_example import convolutions, devices, factors
-from lightning_graddiv.per_example.convolutions import Convolved
+from lightning_graddiv.per_example.convolutions import Convolved, Patches
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
 
@@ -79,7 +79,7 @@ def assert_same(found, expected, not_taken, monkeypatch):
         assert len(found[name]) == len(gradients)
         torch.testing.assert_close(found[name].explicit(), gradients, rtol=1e-10, atol=1e-10)
         if isinstance(found[name], Convolved):  # what a GPU takes, and what shares of the examples it takes it of
-            torch.testing.assert_close(found[name]._by_patches(), gradients, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(found[name]._patches().explicit(), gradients, rtol=1e-10, atol=1e-10)
         part = found[name].at(slice(1, 3))
         torch.testing.assert_close(part.explicit(), gradients[1:3], rtol=1e-10, atol=1e-10)
     monkeypatch.setattr(Convolved, not_taken, refuse)
@@ -180,9 +180,9 @@ def test_patches_are_taken_of_few_examples_at_a_time(monkeypatch):
     take(monkeypatch, pixels=False)
     probe = Directions([layer.weight], 0).probe(0)
     by_kernel = found.measure(probe)
-    sizes, original = [], Convolved._by_patches
+    sizes, original = [], Patches.explicit
     monkeypatch.setattr(Convolved, "takes_patches", True)
-    monkeypatch.setattr(Convolved, "_by_patches", lambda self: (sizes.append(len(self)), original(self))[1])
+    monkeypatch.setattr(Patches, "explicit", lambda self: (sizes.append(len(self)), original(self))[1])
     weights, patches = 3 * 2 * 9, 2 * 9 * 16
     monkeypatch.setattr(factors, "chunk_bytes", lambda device: 4 * 3 * (weights + patches))
     by_patches = found.measure(probe)
