@@ -235,7 +235,8 @@ class Outer(Contributions):
 
     @override
     def explicit(self) -> Tensor:
-        return (self.output_gradients.transpose(-1, -2) @ self.inputs).reshape(len(self), *self.shape)
+        formed = self.output_gradients.transpose(-1, -2) @ self.inputs
+        return formed if len(self.shape) == 2 else formed.reshape(len(self), *self.shape)
 
     @property
     @override
