@@ -55,11 +55,11 @@ class Layout(Enum):
         Raises:
             ValueError: they do not fit.
         """
-        if self.is_plain(values, leading, examples):
-            return values.unsqueeze(1)
         shape = values.shape[:leading]
-        if not self.fits(tuple(shape), examples):
+        if not self.fits(shape, examples):
             raise ValueError(f"{examples} examples cannot lie in {tuple(shape)} as {self.value}")
+        if self is Layout.FIRST and leading <= 2:
+            return values.unsqueeze(1) if leading == 1 else values
         trailing = values.shape[leading:]
         if self is Layout.SECOND:
             values = values.transpose(0, 1)
