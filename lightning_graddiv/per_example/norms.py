@@ -20,8 +20,8 @@ _FEW = 2**15
 _SMALLEST_SAFE_SQUARE = 1e-24
 """Above it, squares that float32 rounds to zero do not count."""
 
-
 _WIDE = frozenset({torch.float32, torch.float64})
+"""Types in which squares are added up as they are."""
 
 
 def sum_of_squares(gradients: Sequence[Tensor], *, per_row: bool = False) -> Tensor:

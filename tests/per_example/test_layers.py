@@ -191,8 +191,19 @@ def laid_out(values, layout):
 def test_values_are_arranged_by_example(layout, leading, trailing):
     more = (7,) * (leading - (1 if layout in (Layout.FOLDED, Layout.STRIDED) else 2))
     values = normal(N, 3, *more, *trailing)
-    arranged = Arrangement(layout, N)(laid_out(values, layout), leading)
+    arrange = Arrangement(layout, N)
+    arranged = arrange(laid_out(values, layout), leading)
     assert torch.equal(arranged, values.reshape(N, -1, *trailing))
+    torch.testing.assert_close(arrange.summed(laid_out(values, layout), leading), arranged.sum(1))
+
+
+def test_values_that_lie_as_they_should_are_left_alone():
+    arrange, rows, positions = Arrangement(Layout.FIRST, N), normal(N, 2), normal(N, 3, 2)
+    assert arrange(positions, 2) is positions
+    assert torch.equal(arrange(rows, 1), rows[:, None])
+    assert arrange.summed(rows, 1) is rows
+    with pytest.raises(ValueError, match="cannot lie in"):
+        arrange.summed(normal(N + 1, 2), 1)
 
 
 ON_POSITIONS = {
