@@ -1,7 +1,7 @@
 """Contributions to the weight of a convolution, by the cheapest exact way for its size."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Convolved(Contributions):
         return is_accelerator(self.device)
 
     def _patches(self) -> "Patches":
-        inputs = self._padded_inputs.contiguous()
+        inputs = self._padded_inputs
         rows, steps = inputs.stride()[:3], inputs.stride()[3:]
         kernel, space = self.shape[2:], self.output_gradients.shape[3:]
         between_entries = (d * s for d, s in zip(self.dilation, steps, strict=True))
@@ -86,8 +86,13 @@ class Convolved(Contributions):
         return not self.takes_pixels
 
     @override
-    def norms_and_sum(self) -> tuple[Tensor, Tensor]:
-        return self._patches().norms_and_sum() if self.takes_patches else super().norms_and_sum()
+    def chunks(self) -> Iterator[Contributions]:
+        return self._patches().chunks() if self.takes_patches else super().chunks()
+
+    @property
+    @override
+    def formed_at_once(self) -> int:
+        return self._patches().formed_at_once if self.takes_patches else math.prod(self.shape)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
@@ -205,7 +210,7 @@ class Convolved(Contributions):
 
 @dataclass(frozen=True)
 class Patches(Contributions):
-    """The same as products of matrices: of the output's gradients and the patches of the input that they come from.
+    """The contributions of a convolution as products of output gradients and the patches of the input they come from.
 
     Attributes:
         patches: shape (n, k, channels, kernel ..., space ...), overlapping views of the padded input.

@@ -211,7 +211,7 @@ class Outer(Contributions):
     Attributes:
         inputs: a, shape (n, T, in).
         output_gradients: b, shape (n, T, out).
-        shape: of the weight: (out, in), or the same numbers with in taken apart.
+        shape: of the weight, (out, in).
         shared: b, where another parameter is multiplied with it too.
     """
 
@@ -235,8 +235,8 @@ class Outer(Contributions):
 
     @override
     def explicit(self) -> Tensor:
-        formed = self.output_gradients.transpose(-1, -2) @ self.inputs
-        return formed if len(self.shape) == 2 else formed.reshape(len(self), *self.shape)
+        formed: Tensor = self.output_gradients.transpose(-1, -2) @ self.inputs
+        return formed
 
     @property
     @override
@@ -263,13 +263,14 @@ class Outer(Contributions):
         parts = [self] if size >= n else [self.at(slice(start, start + size)) for start in range(0, n, size)]
         return torch.cat([part._by_gram() for part in parts]), self._image(probe)
 
-    @cached_property
+    @property
     def _rows(self) -> Tensor:
         """The inputs at all positions of all examples one after another, shape (n T, in)."""
         return self.inputs.flatten(0, 1)
 
-    @cached_property
+    @property
     def _b(self) -> OutputGradients:
+        """What nobody shares is let go of at once: products between positions are many."""
         return OutputGradients(self.output_gradients) if self.shared is None else self.shared
 
     @override
@@ -383,6 +384,11 @@ class Total(Contributions):
         for part in self.parts[1:]:
             total += part.explicit()
         return total
+
+    @property
+    @override
+    def formed_at_once(self) -> int:
+        return sum(part.formed_at_once for part in self.parts)
 
     @property
     @override

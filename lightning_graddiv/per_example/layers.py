@@ -85,7 +85,7 @@ class Arrangement:
         return self.layout.arrange(values, leading, self.examples)
 
     def summed(self, values: Tensor, leading: int) -> Tensor:
-        """Return the values summed over an example's positions, shape (n, ...): they themselves where there is one."""
+        """Return the values summed over an example's positions, shape (n, ...): as they are if rows are examples."""
         is_plain = self.layout.is_plain(values, leading, self.examples)
         return values if is_plain else self(values, leading).sum(1)
 

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_graddiv.per_example import convolutions, devices, factors
 from lightning_graddiv.per_example.convolutions import Convolved, Patches
 from lightning_graddiv.per_example.directions import Directions
+from lightning_graddiv.per_example.factors import Total
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -160,6 +161,10 @@ def test_norms_that_pixels_cancel_are_taken_from_the_gradient_itself(monkeypatch
     torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)
 
 
+def in_a_total(contributions, probe):
+    return Total((contributions,)).measure(probe)
+
+
 def test_few_examples_are_taken_at_a_time(monkeypatch):
     layer, inputs = nn.Conv2d(2, 3, 3), torch.randn(8, 2, 6, 6)
     found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, 8))["weight"]
@@ -174,18 +179,21 @@ def test_few_examples_are_taken_at_a_time(monkeypatch):
     torch.testing.assert_close(apart, together)
 
 
-def test_patches_are_taken_of_few_examples_at_a_time(monkeypatch):
-    layer, inputs = nn.Conv2d(2, 3, 3), torch.randn(8, 2, 6, 6)
-    found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, 8))["weight"]
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("ask", [Convolved.measure, Convolved.sketches, in_a_total], ids=lambda ask: ask.__name__)
+def test_patches_are_taken_of_few_examples_at_a_time(ask, rows, monkeypatch):
+    layer, inputs = nn.Conv2d(2, 3, 3).double(), torch.randn(8 * rows, 2, 6, 6, dtype=torch.float64)
+    layout = Layout.FIRST if rows == 1 else Layout.FOLDED
+    found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(layout, 8))["weight"]
     take(monkeypatch, pixels=False)
     probe = Directions([layer.weight], 0).probe(0)
-    by_kernel = found.measure(probe)
+    by_kernel = ask(found, probe)
     sizes, original = [], Patches.explicit
     monkeypatch.setattr(Convolved, "takes_patches", True)
     monkeypatch.setattr(Patches, "explicit", lambda self: (sizes.append(len(self)), original(self))[1])
-    weights, patches = 3 * 2 * 9, 2 * 9 * 16
+    weights, patches = 3 * 2 * 9, rows * 2 * 9 * 16
     monkeypatch.setattr(factors, "chunk_bytes", lambda device: 4 * 3 * (weights + patches))
-    by_patches = found.measure(probe)
+    by_patches = ask(found, probe)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(by_patches, by_kernel)
 

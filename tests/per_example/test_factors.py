@@ -1,11 +1,13 @@
 """Norms and projections of contributions that are never formed, against contributions formed by hand."""
 
+import weakref
+
 import pytest
 import torch
 
 from lightning_graddiv.per_example import devices
 from lightning_graddiv.per_example.directions import Directions
-from lightning_graddiv.per_example.factors import Explicit, Lookup, Outer, Probe, Total, added
+from lightning_graddiv.per_example.factors import Explicit, Lookup, Outer, OutputGradients, Probe, Total, added
 
 N = 5
 
@@ -19,11 +21,9 @@ def explicit(*shape):
     return Explicit(values), values
 
 
-def outer(positions, fan_in, fan_out, kernel=()):
+def outer(positions, fan_in, fan_out):
     a, b = normal(N, positions, fan_in), normal(N, positions, fan_out)
-    shape = torch.Size((fan_out, *(kernel or (fan_in,))))
-    formed = torch.stack([b[i].T @ a[i] for i in range(N)])
-    return Outer(a, b, shape), formed.reshape(N, *shape)
+    return Outer(a, b, torch.Size((fan_out, fan_in))), torch.stack([b[i].T @ a[i] for i in range(N)])
 
 
 def lookup(positions, rows, width):
@@ -45,7 +45,6 @@ ONE_POSITION = {
 }
 FEW_POSITIONS = {
     "few positions": lambda: outer(3, 8, 9),
-    "few positions under a kernel": lambda: outer(2, 12, 8, (3, 2, 2)),
     "as many positions as pay": lambda: outer(3, 6, 6),
 }
 MANY_POSITIONS = {
@@ -159,11 +158,24 @@ def test_positions_are_not_compared_with_each_other_where_that_costs_more(name, 
 
 def test_products_between_positions_are_bounded(monkeypatch):
     contributions, formed = build("few positions")
-    held, by_gram = [], Outer._by_gram
-    monkeypatch.setattr(Outer, "_by_gram", lambda part: (held.append(len(part)), by_gram(part))[1])
+    held, products, by_gram, multiply = [], [], Outer._by_gram, OutputGradients.products.func
+
+    def watched(part):
+        held.append(len(part))
+        assert all(product() is None for product in products)  # of the parts before
+        return by_gram(part)
+
+    def multiplied(output_gradients):
+        found = multiply(output_gradients)
+        products.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Outer, "_by_gram", watched)
+    monkeypatch.setattr(OutputGradients.products, "func", multiplied)
     monkeypatch.setattr(devices, "_CHUNK_BYTES", 2 * 8 * 3**2)  # two examples, float64, 3 positions
     assert_measures(contributions, formed)
     assert held == [2, 2, 1]
+    assert len(products) == 3
 
 
 def cancelling(n=400, width=16):

@@ -1,5 +1,7 @@
 """Squared norms against float64 sums, for few and many entries, and at the ends of float32's range."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from lightning_graddiv.per_example.norms import (
     block_norms,
     sq_norm_of_each,
     sq_norms_of_blocks,
+    sq_norms_of_rows,
     sum_of_squares,
 )
 
@@ -23,6 +26,23 @@ def test_they_are_those_of_float64(shape, scale, per_row):
     found = sum_of_squares([values], per_row=per_row)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, wanted if per_row else wanted.sum(), rtol=1e-6, atol=0.0)
+
+
+ROWS = {
+    "many dimensions": lambda: drawn(4, 3, 5, _FEW // 20),
+    "transposed": lambda: drawn(3, 5, _FEW // 20, 4).permute(3, 1, 0, 2),
+    "transposed, too small for float32": lambda: drawn(3, 5, _FEW // 20, 4, scale=1e-30).permute(3, 1, 0, 2),
+    "numbers": lambda: drawn(4),
+    "many numbers": lambda: drawn(_FEW + 1),
+    "rows of nothing": lambda: drawn(4, 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_norms_of_rows_of_any_shape_are_those_of_float64(name):
+    values = ROWS[name]()
+    expected = values.double().reshape(len(values), math.prod(values.shape[1:])).square().sum(1)
+    torch.testing.assert_close(sq_norms_of_rows(values), expected, rtol=1e-6, atol=0.0)
 
 
 def drawn(*shape, scale=1.0, dtype=torch.float32):
