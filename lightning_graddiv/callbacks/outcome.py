@@ -15,7 +15,7 @@ from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, UncoveredError
 from lightning_graddiv.per_example.microbatch import GroupSums
-from lightning_graddiv.per_example.norms import real_view, sq_norm_of_each, sum_of_squares
+from lightning_graddiv.per_example.norms import dense, flat, real_view, sq_norm_of_each, sum_of_squares
 
 MIN_COVERAGE = 0.9
 """Of |gradient|^2; below it, what is measured says too little about the whole."""
@@ -170,9 +170,8 @@ def groups_applied(
     mean, sq_norm, applied = torch.zeros(1, device="cpu"), 0.0, None
     try:
         scale = step.divisor / max(1, len(step.groups))  # a last window may hold fewer micro-batches than the divisor
-        dense = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = [(g.to_dense() if g.is_sparse else g).detach().flatten() for g in dense]
-        mean = torch.cat([real_view(gradient).flatten() for gradient in flat]).float().mul_(scale)
+        gradients = [torch.zeros_like(p) if p.grad is None else dense(p.grad).detach() for p in parameters]
+        mean = flat([real_view(gradient) for gradient in gradients]).float().mul_(scale)
         sq_norm, applied = float(sum_of_squares([mean])), step.applied_projections()
         if not step.groups:
             error = error or MeasurementError("The step had no backward pass.")

@@ -42,12 +42,8 @@ class Convolved(Contributions):
 
     @property
     @override
-    def device(self) -> torch.device:
-        return self.inputs.device
-
-    @override
-    def __len__(self) -> int:
-        return len(self.inputs)
+    def by_example(self) -> Tensor:
+        return self.inputs
 
     @override
     def at(self, examples: slice) -> "Convolved":
@@ -224,12 +220,8 @@ class Patches(Contributions):
 
     @property
     @override
-    def device(self) -> torch.device:
-        return self.patches.device
-
-    @override
-    def __len__(self) -> int:
-        return len(self.patches)
+    def by_example(self) -> Tensor:
+        return self.patches
 
     @override
     def at(self, examples: slice) -> "Patches":

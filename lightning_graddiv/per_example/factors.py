@@ -81,12 +81,17 @@ class Contributions(ABC):
 
     @property
     @abstractmethod
+    def by_example(self) -> Tensor:
+        """A tensor of theirs, whose first dimension is that of the examples."""
+
+    @property
     def device(self) -> torch.device:
         """Where they are."""
+        return self.by_example.device
 
-    @abstractmethod
     def __len__(self) -> int:
         """Return the number of examples."""
+        return self.by_example.shape[0]
 
     @abstractmethod
     def at(self, examples: slice) -> "Contributions":
@@ -182,12 +187,8 @@ class Explicit(Contributions):
 
     @property
     @override
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @override
-    def __len__(self) -> int:
-        return len(self.values)
+    def by_example(self) -> Tensor:
+        return self.values
 
     @override
     def at(self, examples: slice) -> "Explicit":
@@ -222,12 +223,8 @@ class Outer(Contributions):
 
     @property
     @override
-    def device(self) -> torch.device:
-        return self.inputs.device
-
-    @override
-    def __len__(self) -> int:
-        return len(self.inputs)
+    def by_example(self) -> Tensor:
+        return self.inputs
 
     @override
     def at(self, examples: slice) -> "Outer":
@@ -313,12 +310,8 @@ class Lookup(Contributions):
 
     @property
     @override
-    def device(self) -> torch.device:
-        return self.index.device
-
-    @override
-    def __len__(self) -> int:
-        return len(self.index)
+    def by_example(self) -> Tensor:
+        return self.index
 
     @override
     def at(self, examples: slice) -> "Lookup":
@@ -367,12 +360,8 @@ class Total(Contributions):
 
     @property
     @override
-    def device(self) -> torch.device:
-        return self.parts[0].device
-
-    @override
-    def __len__(self) -> int:
-        return len(self.parts[0])
+    def by_example(self) -> Tensor:
+        return self.parts[0].by_example
 
     @override
     def at(self, examples: slice) -> "Total":

@@ -16,7 +16,7 @@ from lightning_graddiv.per_example.batches import has_row_per_example, replace_l
 from lightning_graddiv.per_example.copier import OutsideTensor
 from lightning_graddiv.per_example.fingerprint import graph_nodes
 from lightning_graddiv.per_example.losses import StepLoss, Watch
-from lightning_graddiv.per_example.norms import on_processor, real_view, sum_dtype, sum_of_squares
+from lightning_graddiv.per_example.norms import dense, on_processor, real_view, sum_dtype, sum_of_squares
 
 _CHUNK_BYTES = 32 * 2**20
 """Per-example gradients that are held at a time: what a processor's cache can serve. At least one example."""
@@ -102,7 +102,7 @@ def differentiate(loss: StepLoss, batch: Any, watch: Watch | None = None) -> lis
     else:
         found = torch.autograd.grad(value, loss.parameters, allow_unused=True)
     return [
-        torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
+        torch.zeros_like(parameter) if gradient is None else dense(gradient)
         for parameter, gradient in zip(loss.parameters, found, strict=True)
     ]
 

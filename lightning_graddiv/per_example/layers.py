@@ -45,10 +45,6 @@ class Layout(Enum):
             return len(leading) > 1 and leading[1] == examples
         return leading[0] > examples and leading[0] % examples == 0
 
-    def is_plain(self, values: Tensor, leading: int, examples: int) -> bool:
-        """Tell whether each row is an example, as in most networks."""
-        return self is Layout.FIRST and leading == 1 and len(values) == examples > 0
-
     def arrange(self, values: Tensor, leading: int, examples: int) -> Tensor:
         """Return the values with shape (n, T, ...), where the first ``leading`` dimensions hold examples and positions.
 
@@ -86,8 +82,8 @@ class Arrangement:
 
     def summed(self, values: Tensor, leading: int) -> Tensor:
         """Return the values summed over an example's positions, shape (n, ...): as they are if rows are examples."""
-        is_plain = self.layout.is_plain(values, leading, self.examples)
-        return values if is_plain else self(values, leading).sum(1)
+        has_one = self.layout is Layout.FIRST and leading == 1 and self.layout.fits(values.shape[:1], self.examples)
+        return values if has_one else self(values, leading).sum(1)
 
 
 Leading = Callable[[Any, Tensor], int]
