@@ -256,16 +256,19 @@ class GhostRecorder:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        inputs, outputs = (_one_tensor if kind.inputs is None else kind.inputs)(layer, args, kwargs), _tensors(output)
-        if inputs is None or not outputs or not outputs[0].requires_grad:
+        outputs = _tensors(output)
+        if not outputs or not outputs[0].requires_grad:
             return
         if outputs[0].numel() == 0:  # an expert that no row was sent to
+            return
+        inputs = (_one_tensor if kind.inputs is None else kind.inputs)(layer, args, kwargs, outputs[0])
+        if inputs is None:
             return
         ordinals = {}
         for name, index in held.items():
             ordinals[name] = self._calls[index]
             self._calls[index] += 1
-        use = Use(layer, kind, held, ordinals, inputs, None if kind.inputs is None else outputs[0])
+        use = Use(layer, kind, held, ordinals, inputs, outputs[0] if kind.keeps_output else None)
         self.uses.append(use)
 
         def on_gradients(gradients: Sequence[Tensor | None]) -> None:
@@ -340,7 +343,7 @@ class GhostRecorder:
         )
 
 
-def _one_tensor(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor] | None:
+def _one_tensor(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> tuple[Tensor] | None:
     inputs = args[0] if args else next(iter(kwargs.values()), None)
     return (inputs,) if isinstance(inputs, Tensor) else None
 

@@ -92,12 +92,13 @@ Leading = Callable[[Any, Tensor], int]
 Rule = Callable[[Any, Any, Any, Arrangement], dict[str, Contributions]]
 """(layer, input, gradient of the output, arrangement) -> contributions to each parameter of the layer that has one.
 
-Where a layer has several of them, both are tuples: what went in and, last, the first of what came out (None where it
-was changed since); and the gradient of all that came out (None where there is none).
+Where a layer has several of them, both are tuples: what went in and, last, the first of what came out if that is kept
+(None where it was changed since); and the gradient of all that came out (None where there is none).
 """
 
-Inputs = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Tensor | None, ...] | None]
-"""(layer, arguments, keywords) -> what a call depends on, that which holds the examples first; None: no rule."""
+Inputs = Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor], tuple[Tensor | None, ...] | None]
+"""(layer, arguments, keywords, the first of what came out) -> what a call depends on, that which holds the examples
+first; None: no rule."""
 
 
 def _weight_and_bias(_: Any) -> Sequence[str]:
@@ -113,7 +114,8 @@ class LayerType:
         leading: where its examples may lie.
         accepts: whether the rule holds for this layer's options.
         parameters: what the layer's parameters are called.
-        inputs: what its rule needs of the arguments, if they and the outputs are several. None: one tensor each.
+        inputs: what its rule needs of a call, if that is several tensors. None: its one argument.
+        keeps_output: whether its rule needs what came out, too.
     """
 
     contributions: Rule
@@ -121,6 +123,7 @@ class LayerType:
     accepts: Callable[[Any], bool]
     parameters: Callable[[Any], Sequence[str]] = _weight_and_bias
     inputs: Inputs | None = None
+    keeps_output: bool = False
 
 
 LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
@@ -152,11 +155,14 @@ def rule(
     accepts: Callable[[Any], bool] = lambda _: True,
     parameters: Callable[[Any], Sequence[str]] = _weight_and_bias,
     inputs: Inputs | None = None,
+    keeps_output: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register a rule for exactly these types."""
 
     def register(function: Rule) -> Rule:
-        LAYER_TYPES.update(dict.fromkeys(types, LayerType(function, leading, accepts, parameters, inputs)))
+        LAYER_TYPES.update(
+            dict.fromkeys(types, LayerType(function, leading, accepts, parameters, inputs, keeps_output))
+        )
         return function
 
     return register
@@ -264,12 +270,54 @@ def _rms_norm(
     return _affine(layer, normalized, output_gradients, arrange, leading)
 
 
-@rule(nn.GroupNorm, leading=_first)
+def _normalized_with(
+    _: nn.GroupNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> tuple[Tensor | None, ...] | None:
+    """Return a group norm's input, and the mean and the inverse deviation of each group where autograd has them.
+
+    What hooks hide, as a checkpoint's do, is not asked for: they would run part of the model again.
+    """
+    inputs = args[0] if args else kwargs.get("input")
+    saved = [getattr(output.grad_fn, f"_raw_saved_result{i}", None) for i in (1, 2)]
+    if any(one is None or getattr(one, "unpack_hook", None) is not None for one in saved):
+        return inputs, None, None
+    statistics = [getattr(output.grad_fn, f"_saved_result{i}") for i in (1, 2)]
+    is_exact = all(values.dtype in (torch.float32, torch.float64) for values in statistics)
+    return inputs, *(statistics if is_exact else (None, None))
+
+
+@rule(nn.GroupNorm, leading=_first, inputs=_normalized_with)
 def _group_norm(
-    layer: nn.GroupNorm, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
+    layer: nn.GroupNorm,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    output_gradients: tuple[Tensor],
+    arrange: Arrangement,
 ) -> dict[str, Contributions]:
-    normalized = F.group_norm(inputs, layer.num_groups, None, None, layer.eps)
-    return _affine(layer, normalized, output_gradients, arrange, 1)
+    """By the library's own kernel: the channels of every row become those of a single one."""
+    x, mean, deviation = inputs
+    (b,) = output_gradients
+    rows, channels, space = *x.shape[:2], math.prod(x.shape[2:])
+    if mean is None or deviation is None:
+        _, mean, deviation = torch.native_group_norm(
+            x.contiguous(), None, None, rows, channels, space, layer.num_groups, layer.eps
+        )
+    in_one = (1, rows * channels, space)
+    _, of_scales, of_shifts = torch.ops.aten.native_group_norm_backward(
+        b.reshape(in_one),
+        x.reshape(in_one),
+        mean.view(1, -1),
+        deviation.view(1, -1),
+        x.new_empty(rows * channels),  # of the scales, which only the gradient of the input depends on
+        *in_one,
+        rows * layer.num_groups,
+        [False, _wants(layer.weight), _wants(layer.bias)],
+    )
+    found = {"weight": of_scales, "bias": of_shifts}
+    return {
+        name: Explicit(arrange.summed(values.view(rows, channels), 1))
+        for name, values in found.items()
+        if _wants(getattr(layer, name))
+    }
 
 
 def _batch_statistics(
@@ -303,6 +351,7 @@ rule(
     accepts=has_known_gates,
     parameters=layer_parameters,
     inputs=what_goes_in,
+    keeps_output=True,
 )(recurrent_layer)
 rule(
     nn.GRUCell,
@@ -311,6 +360,7 @@ rule(
     accepts=is_whole,
     parameters=cell_parameters,
     inputs=what_goes_in,
+    keeps_output=True,
 )(recurrent_cell)
 
 

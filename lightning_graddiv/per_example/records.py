@@ -86,9 +86,10 @@ class Use:
         gradients = [None if gradient is None else wide(gradient) for gradient in self.output_gradients]
         if self.kind.inputs is None:
             return self.kind.contributions(self.layer, inputs[0], gradients[0], arrangement)
-        is_unchanged = _versions(self.output) == self.versions[-1:]
-        output = _as_autocast_has_it(self.output, dtype) if is_unchanged else None
-        return self.kind.contributions(self.layer, (*inputs, output), tuple(gradients), arrangement)
+        if self.kind.keeps_output:
+            is_unchanged = _versions(self.output) == self.versions[-1:]
+            inputs.append(_as_autocast_has_it(self.output, dtype) if is_unchanged else None)
+        return self.kind.contributions(self.layer, tuple(inputs), tuple(gradients), arrangement)
 
 
 @dataclass

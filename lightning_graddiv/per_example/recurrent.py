@@ -88,7 +88,9 @@ class RecurrentCall:
         return cls(row[0], tuple(row[1:states]), tuple(row[states:-1]), row[-1])
 
 
-def what_goes_in(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, ...] | None:
+def what_goes_in(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor
+) -> tuple[Tensor | None, ...] | None:
     """Return the tensors that a call depends on; None for packed sequences."""
     names = cell_parameters(layer) if isinstance(layer, nn.RNNCellBase) else layer_parameters(layer)
     given = dict(zip(("input", "hx"), args, strict=False)) | kwargs

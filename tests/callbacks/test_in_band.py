@@ -1,5 +1,7 @@
 """In-band measuring against the plain loop over the same effective batch, in every setting that training knows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -465,7 +467,7 @@ class TestProtections:
             found = known.contributions(layer, inputs, output_gradients, arrange)
             return {name: type(part)(part.values.roll(1, 0)) for name, part in found.items()}
 
-        monkeypatch.setitem(layers.LAYER_TYPES, nn.GroupNorm, layers.LayerType(wrong, known.leading, known.accepts))
+        monkeypatch.setitem(layers.LAYER_TYPES, nn.GroupNorm, replace(known, contributions=wrong))
         module = Witness(Convolutional())
         monitor = trained(module)
         assert set(monitor._measurer._ghost.misses) == {2, 3}

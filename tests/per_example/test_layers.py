@@ -31,7 +31,9 @@ def contributions_of(layer, inputs, output_gradients, arrangement=None):
     assert kind is not None
     arrangement = arrangement or Arrangement(Layout.FIRST, len(inputs))
     assert arrangement.layout.fits(inputs.shape[: kind.leading(layer, inputs)], arrangement.examples)
-    return kind.contributions(layer, inputs, output_gradients, arrangement)
+    if kind.inputs is None:
+        return kind.contributions(layer, inputs, output_gradients, arrangement)
+    return kind.contributions(layer, kind.inputs(layer, (inputs,), {}, layer(inputs)), (output_gradients,), arrangement)
 
 
 def assert_same(found, expected):
@@ -93,6 +95,55 @@ def test_contributions_are_the_gradients_of_each_example_alone(name):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     assert_rule_holds(make().double(), normal(N, *shape))
+
+
+class TestStatisticsOfAGroupNorm:
+    """Those that autograd keeps are used, unless they are hidden or not exact."""
+
+    def known(self, layer, inputs):
+        kind = layer_type(layer)
+        return kind.inputs(layer, (inputs,), {}, layer(inputs))
+
+    def expect_rule_to_hold(self, layer, inputs, known):
+        output_gradients = torch.randn_like(inputs)
+        kind = layer_type(layer)
+        found = kind.contributions(layer, known, (output_gradients,), Arrangement(Layout.FIRST, N))
+        # PyTorch's own kernel for channels_last crashes where the input needs no gradient.
+        assert_same(found, reference(layer, inputs.contiguous(), output_gradients.contiguous()))
+
+    def test_kept_by_autograd(self):
+        layer, inputs = nn.GroupNorm(2, 6).double(), normal(N, 6, 5) + 1
+        _, mean, deviation = self.known(layer, inputs)
+        torch.testing.assert_close(mean, inputs.unflatten(1, (2, 3)).mean((2, 3)))
+        self.expect_rule_to_hold(layer, inputs, (inputs, mean, deviation))
+
+    def test_hidden_by_hooks(self):
+        layer, inputs = nn.GroupNorm(2, 6).double(), normal(N, 6, 5)
+
+        def unpack(_):
+            raise AssertionError("what is hidden was asked for")
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            known = self.known(layer, inputs)
+        assert known[1:] == (None, None)
+        self.expect_rule_to_hold(layer, inputs, known)
+
+    def test_in_few_digits(self):
+        layer, inputs = nn.GroupNorm(2, 6).bfloat16(), normal(N, 6, 5).bfloat16()
+        assert all(one is None or one.dtype == torch.float32 for one in self.known(layer, inputs)[1:])
+
+    def test_of_an_input_that_is_not_contiguous(self):
+        layer = nn.GroupNorm(2, 6).double()
+        inputs = normal(N, 6, 5, 4).to(memory_format=torch.channels_last)
+        self.expect_rule_to_hold(layer, inputs, self.known(layer, inputs))
+        self.expect_rule_to_hold(layer, inputs, (inputs, None, None))
+
+    @pytest.mark.parametrize("trained", ["weight", "bias"])
+    def test_one_of_both_is_trained(self, trained):
+        layer, inputs = nn.GroupNorm(2, 6).double(), normal(N, 6, 5)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name == trained)
+        self.expect_rule_to_hold(layer, inputs, self.known(layer, inputs))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (3, 4)], ids=str)
