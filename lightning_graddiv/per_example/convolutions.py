@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
-from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Probe
+from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Outer, Probe, forming_is_cheaper
 from lightning_graddiv.per_example.norms import sq_norms_of_rows
 
 _SHIFT = 32
@@ -79,7 +79,11 @@ class Convolved(Contributions):
     @property
     @override
     def are_formed(self) -> bool:
-        return not self.takes_pixels
+        if not self.takes_patches:
+            return not self.takes_pixels
+        maps, positions = self.inputs.shape[1] * self.groups, math.prod(self.output_gradients.shape[3:])
+        fan_in, fan_out = math.prod(self.shape[1:]), self.shape[0]
+        return maps > 1 or forming_is_cheaper(len(self), positions, fan_in, fan_out, self.device)
 
     @override
     def chunks(self) -> Iterator[Contributions]:
@@ -93,6 +97,8 @@ class Convolved(Contributions):
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Take the cheaper of the gradients themselves and products between the input's pixels."""
+        if self.takes_patches:
+            return self._patches().measure(probe)
         if self.are_formed:
             return super().measure(probe)
         pixels = self.inputs.shape[1] * math.prod(self._padded_space)
@@ -163,12 +169,7 @@ class Convolved(Contributions):
         return norms
 
     def _summed_over_kernel(self, of_inputs: Tensor, length: int) -> Tensor:
-        """Return ``sum_d <x_(t+d), x_(s+d)>``: in one call on an accelerator, with few reads on a processor."""
-        if is_accelerator(self.device):
-            kernel, (row, column) = self.shape[2:], of_inputs.stride()[2:]
-            strides = (*of_inputs.stride()[:2], *(unit * (row + column) for unit in self._units), row, column)
-            views = of_inputs.as_strided((*of_inputs.shape[:2], *kernel, length, length), strides)
-            return views.sum(tuple(range(2, 2 + len(kernel))))
+        """Return ``sum_d <x_(t+d), x_(s+d)>``."""
         steps = self._steps()
         products = of_inputs[..., :length, :length].clone()
         for step in steps[1:]:
@@ -229,16 +230,54 @@ class Patches(Contributions):
 
     @override
     def explicit(self) -> Tensor:
-        b = self.output_gradients.flatten(0, 1)
-        a = self.patches.reshape(len(b), -1, b.shape[-1])  # here they are copied
+        """Multiply a few examples' patches at a time, which are copied for it."""
         n, rows = self.patches.shape[:2]
-        formed = torch.bmm(b, a.transpose(-1, -2))
+        b, (fan_in, positions) = self.output_gradients, self._sizes
+        formed = b.new_empty(*b.shape[:3], fan_in)
+        for examples in self._pieces():
+            patches = self.patches[examples].reshape(-1, fan_in, positions)
+            torch.bmm(b[examples].flatten(0, 1), patches.transpose(-1, -2), out=formed[examples].flatten(0, 1))
         return formed.view(n, *self.shape) if rows == 1 else formed.view(n, rows, *self.shape).sum(1)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Numbers that an output channel sees at a position, and positions."""
+        return math.prod(self.shape[1:]), self.output_gradients.shape[-1]
+
+    def _pieces(self) -> list[slice]:
+        """Return the examples, so many at a time that copies of their patches fit into little memory."""
+        size = max(1, chunk_bytes(self.device) // (8 * max(1, math.prod(self.patches.shape[1:]))))
+        return [slice(start, start + size) for start in range(0, len(self), size)]
 
     @property
     @override
     def formed_at_once(self) -> int:
-        return math.prod(self.shape) + math.prod(self.patches.shape[1:])
+        return math.prod(self.shape) * self.patches.shape[1]
+
+    @override
+    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        if self.are_formed:
+            return super().measure(probe)
+        parts = [self._outer(examples).measure_by_products(probe) for examples in self._pieces()]
+        if len(parts) == 1:
+            return parts[0]
+        norms, images = zip(*parts, strict=True)
+        return torch.cat(norms), torch.stack(images).sum(0)
+
+    @property
+    @override
+    def are_formed(self) -> bool:
+        """As one linear map's, unless an example goes through several: with its rows, or in groups of channels."""
+        fan_in, positions = self._sizes
+        maps = self.output_gradients.shape[1]
+        return maps > 1 or forming_is_cheaper(len(self), positions, fan_in, self.shape[0], self.device)
+
+    def _outer(self, examples: slice) -> Outer:
+        """Return those of some examples as a linear map's, which they go through at each position."""
+        (fan_in, positions), dimensions = self._sizes, len(self.shape) - 2
+        kernel, space = range(3, 3 + dimensions), range(3 + dimensions, 3 + 2 * dimensions)
+        a = self.patches[examples].permute(0, 1, *space, 2, *kernel).reshape(-1, positions, fan_in)
+        return Outer(a, self.output_gradients[examples, 0].transpose(1, 2), self.shape)
 
 
 def convolution_weight(

@@ -7,7 +7,7 @@ made where that is the cheapest way to their norms, and then a few examples at a
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
-from lightning_graddiv.per_example.norms import sq_norms_of_rows
+from lightning_graddiv.per_example.norms import block_norms_of_rows, sq_norms_of_rows
 
-_MOST_CHUNKS = 4
+_MOST_CHUNKS = 2
 """On an accelerator, so many passes over a chunk of contributions cost less than the calls that would avoid them."""
 
 DIRECTIONS = 4
@@ -113,10 +113,20 @@ class Contributions(ABC):
 
     def norms_and_sum(self) -> tuple[Tensor, Tensor]:
         """Return the squared norms, shape (n,), float64, and the sum of the contributions, which are formed for it."""
+        return self._formed(sq_norms_of_rows)
+
+    def block_norms_and_sum(self) -> tuple[Tensor, Tensor]:
+        """Return the norms of blocks of each contribution, shape (n, blocks), and the sum: with few calls.
+
+        In the type of the contributions, so that their squares may have left its range.
+        """
+        return self._formed(block_norms_of_rows)
+
+    def _formed(self, norms_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         norms, total = [], None
         for part in self.chunks():
             explicit = part.explicit()
-            norms.append(sq_norms_of_rows(explicit))
+            norms.append(norms_of(explicit))
             total = explicit.sum(0) if total is None else total + explicit.sum(0)
         if total is None:
             raise ValueError("there are no examples")
@@ -205,6 +215,18 @@ class Explicit(Contributions):
         return norms, self.values.sum(0)
 
 
+def forming_is_cheaper(examples: int, positions: int, fan_in: int, fan_out: int, device: torch.device) -> bool:
+    """Tell whether n (in, out) products over T positions are cheaper than products between positions.
+
+    On an accelerator they are unless they are large: two passes over them, and no look at what cancels, for which the
+    processor would have to wait.
+    """
+    if positions == 1:
+        return False
+    is_small = 4 * examples * fan_in * fan_out <= _MOST_CHUNKS * chunk_bytes(device)
+    return positions * (fan_in + fan_out) > fan_in * fan_out or (is_accelerator(device) and is_small)
+
+
 @dataclass(frozen=True)
 class Outer(Contributions):
     """``c_i = sum_t b_it a_it'``: the weight of a linear map that example i goes through at T positions.
@@ -238,22 +260,16 @@ class Outer(Contributions):
     @property
     @override
     def are_formed(self) -> bool:
-        """Whether n (in, out) products over T positions are cheaper than products between positions.
-
-        On an accelerator they are unless they are large: two passes over them, and no look at what cancels, for which
-        the processor would have to wait.
-        """
         positions, fan_in, fan_out = *self.inputs.shape[1:], self.output_gradients.shape[-1]
-        if positions == 1:
-            return False
-        is_small = 4 * len(self) * math.prod(self.shape) <= _MOST_CHUNKS * chunk_bytes(self.device)
-        return positions * (fan_in + fan_out) > fan_in * fan_out or (is_accelerator(self.device) and is_small)
+        return forming_is_cheaper(len(self), positions, fan_in, fan_out, self.device)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        return super().measure(probe) if self.are_formed else self.measure_by_products(probe)
+
+    def measure_by_products(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """Measure without forming the contributions, by products between positions."""
         n, positions, _ = self.inputs.shape
-        if self.are_formed:
-            return super().measure(probe)
         if positions == 1:  # |b a'|^2 = |b|^2 |a|^2
             return sq_norms_of_rows(self._rows) * self._b.sq_norms, self._image(probe)
         size = max(1, chunk_bytes(self.device) // max(1, 8 * positions**2))

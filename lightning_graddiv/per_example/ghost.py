@@ -22,6 +22,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
@@ -153,18 +154,19 @@ class GhostRecorder:
         """Get ready for the backward pass of a loss, the only one of a step that is measured on this process alone.
 
         Where parameters hold no gradients yet, and no hook follows, those that are measured are looked at when the pass
-        is over, all at once: a hook on each would cost calls, and copies of what it keeps. Only large ones are read as
-        they come by, while the processor has them at hand. Of the others nothing else tells what the pass gave them.
+        is over, all at once: a hook on each would cost calls, and copies of what it keeps. Large ones on a processor
+        are read as they come by, while it has them at hand. Of the others nothing else tells what the pass gave them.
         """
         if any(p.grad is not None or p._post_accumulate_grad_hooks for p in self._parameters):
             self._attach_parameters(self._parameters)
             return
         self._attach_parameters(self._parameters, others_than=self._measured)
         for index in self._measured - self._directions.small:
-            if self._parameters[index].requires_grad:
+            if self._parameters[index].requires_grad and not is_accelerator(self._parameters[index].device):
                 look = partial(self._guarded, self._look_at, index)
                 self._passing.append(self._parameters[index].register_hook(look))
         self._is_awaiting_end = True
+        self._ledger.expect_all_at_end()
         queue = torch.autograd.Variable._execution_engine.queue_callback
         at_end = partial(self._guarded, self._on_end)
         self._passing.append(loss.register_hook(lambda _: self._guarded(queue, at_end)))

@@ -10,13 +10,16 @@ from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, Explicit
-from lightning_graddiv.per_example.norms import flat, on_processor, sums_of_segments
+from lightning_graddiv.per_example.norms import distances, on_processor, sq_norms_of_each_row
 from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.records import Recorded
 
 _ROUNDING = {16: (5e-2, 1e-5), 32: (2e-4, 1e-6), 64: (1e-8, 1e-12)}
 """By the bits of the numbers: how far a gradient may be from what its examples add up to, as a share of their norm, and
 of the norm of all parameters."""
+
+_SMALLEST_SAFE_NORM = 1e-22
+"""What float32 rounds to zero of the squares in a billion blocks is less than a millionth of it."""
 
 _FEW_NUMBERS = 2**14
 """Contributions to a vector of no more numbers wait for the others; more would hold memory for nothing."""
@@ -60,7 +63,10 @@ class Ledger:
         self._examples = examples
         self._sq_norms: dict[int, Tensor] = {}
         self._waiting: dict[int, Tensor] = {}
+        self._block_norms: dict[int, Tensor] = {}
+        self._gives_all_at_end = False
         self._looked_at: set[int] = set()
+        self._distances: dict[int, float] = {}
         self._sums: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
         self._received = Received(
@@ -68,27 +74,44 @@ class Ledger:
         )
         self._digits = 64
 
+    def expect_all_at_end(self) -> None:
+        """Expect the gradients of this pass by :meth:`receive_all`, except for those of parameters that have hooks."""
+        self._gives_all_at_end = True
+
     def note_precision(self, digits: int) -> None:
         """Balance no closer than numbers of so many bits allow."""
         self._digits = min(self._digits, digits)
 
     def contribute(self, index: int, contributions: Contributions) -> None:
         """Enter what the examples contribute to a parameter."""
-        if index in self._sq_norms or index in self._waiting:
+        if index in self._sq_norms or index in self._waiting or index in self._block_norms:
             self.misses[index] = "it was used more often than before"
         elif self._is_compared_by_entries(index, contributions):
             if index in self._directions.vectors and _is_few(contributions):
                 self._waiting[index] = contributions.explicit()
             else:
-                self._sq_norms[index], self._sums[index] = contributions.norms_and_sum()
+                self._sums[index] = self._enter_norms(index, contributions)
+        elif contributions.are_formed:
+            total = self._enter_norms(index, contributions)
+            self._images[index] = self._directions.probe(index).image_of(total)
         else:
             self._sq_norms[index], self._images[index] = contributions.measure(self._directions.probe(index))
 
+    def _enter_norms(self, index: int, contributions: Contributions) -> Tensor:
+        """Enter the norms of contributions that are formed for it; return what they add up to."""
+        if is_accelerator(contributions.device):
+            self._block_norms[index], total = contributions.block_norms_and_sum()
+        else:
+            self._sq_norms[index], total = contributions.norms_and_sum()
+        return total
+
     def _is_compared_by_entries(self, index: int, contributions: Contributions) -> bool:
         """Tell whether the sum is there for nothing, and so will the gradient be: this is known before it comes by."""
-        is_kept = index not in self._received or self._received.entries(index) is not None
+        is_known = index not in self._received
+        if index not in self._directions.small:
+            return is_known and self._gives_all_at_end and _has_small_sum(contributions)
         is_cheap = index in self._directions.vectors or contributions.are_formed
-        return index in self._directions.small and is_cheap and is_kept
+        return is_cheap and (is_known or self._received.entries(index) is not None)
 
     def receive(self, index: int, gradient: Tensor) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has."""
@@ -111,7 +134,9 @@ class Ledger:
         """Enter all gradients that a pass gave, once it is over; those that :meth:`receive` was given are known."""
         self.misses |= {index: "it is complex" for index, gradient in gradients.items() if gradient.is_complex()}
         others = {i: gradient for i, gradient in gradients.items() if i in self._looked_at or i not in self._received}
-        self._received.add_all(others, keep=self._directions.vectors | self._sums.keys())
+        large = {i: total for i, total in self._sums.items() if i in others and i not in self._directions.small}
+        self._distances = dict(zip(large, distances([others[i] for i in large], large.values()), strict=True))
+        self._received.add_all(others, keep=self._directions.vectors | (self._sums.keys() - large.keys()), known=large)
 
     def balance(self) -> Recorded:
         """Compare, parameter by parameter, what the examples add up to with the gradient; return what was entered.
@@ -134,14 +159,13 @@ class Ledger:
         return recorded
 
     def _enter_waiting(self) -> None:
-        """Take the norms of all that waits, at once and in float64."""
-        if not self._waiting:
-            return
-        values = torch.cat(list(self._waiting.values()), 1).double()
-        lengths = [len(self._parameters[index]) for index in self._waiting]
-        self._sums |= dict(zip(self._waiting, values.sum(0).split(lengths), strict=True))
-        norms = sums_of_segments(values.square_().T.contiguous(), lengths)
-        self._sq_norms |= dict(zip(self._waiting, norms, strict=True))
+        """Take the norms of all that waits at once, in float64."""
+        if self._waiting:
+            sums = torch.cat(list(self._waiting.values()), 1).sum(0)
+            lengths = [values.shape[1] for values in self._waiting.values()]
+            self._sums |= dict(zip(self._waiting, sums.split(lengths), strict=True))
+        parts = self._waiting | self._block_norms
+        self._sq_norms |= dict(zip(parts, sq_norms_of_each_row(list(parts.values())), strict=True))
 
     def _compare(self, received: dict[int, float]) -> None:
         indices = sorted((self._sq_norms.keys() | received.keys()) & self._measured)
@@ -154,6 +178,13 @@ class Ledger:
         total = sum(scales.values())
         if not math.isfinite(total):
             raise MeasurementError("The step's gradients are not finite.")
+        if 0 < total < _SMALLEST_SAFE_NORM and any(
+            norms.dtype == torch.float32 for norms in self._block_norms.values()
+        ):
+            raise MeasurementError(
+                f"The step's gradients are too small to be measured on an accelerator, where squares are added up in "
+                f"float32: theirs are {total:.1e} in all. Scale the loss."
+            )
         relative, of_all = _ROUNDING[self._digits]
         for index, error in self._errors(indices).items():
             if not error <= relative * math.sqrt(scales[index]) + of_all * math.sqrt(total):
@@ -162,8 +193,10 @@ class Ledger:
 
     def _errors(self, indices: Sequence[int]) -> dict[int, float]:
         """Return how far the sums of contributions are from the gradients."""
-        by_entries = [i for i in indices if i in self._sums and self._received.entries(i) is not None]
-        errors = dict(zip(by_entries, self._distances(by_entries).tolist(), strict=True)) if by_entries else {}
+        errors = {index: error for index, error in self._distances.items() if index in indices}
+        kept = {i: self._received.entries(i) for i in indices if i in self._sums and i not in errors}
+        entries = {index: gradient for index, gradient in kept.items() if gradient is not None}
+        errors |= dict(zip(entries, distances(list(entries.values()), [self._sums[i] for i in entries]), strict=True))
         others = [index for index in indices if index not in errors]
         if others:
             images = ((index, self._image_of_difference(index)) for index in others)
@@ -178,17 +211,20 @@ class Ledger:
             image = self._directions.probe(index).image_of(self._sums[index])
         return image - received if image is not None and received is not None else received if image is None else image
 
-    def _distances(self, indices: Sequence[int]) -> Tensor:
-        """Return the norms of differences, entry by entry."""
-        wanted = [self._received.entries(index) for index in indices]
-        kept = [gradient for gradient in wanted if gradient is not None]
-        difference = flat([self._sums[index] for index in indices]).double() - flat(kept).double()
-        return sums_of_segments(difference.square_(), [gradient.numel() for gradient in kept]).sqrt().cpu()
+
+def _has_small_sum(contributions: Contributions) -> bool:
+    """Tell whether the sum of large contributions may be kept until the pass is over, for few calls.
+
+    It takes no more memory than the layer's input, which the pass is about to free.
+    """
+    is_formed = is_accelerator(contributions.device) and contributions.are_formed
+    return is_formed and math.prod(contributions.shape) <= contributions.by_example.numel()
 
 
 def _is_few(contributions: Contributions) -> bool:
     """Tell whether contributions are so few that a call of their own would take longer than the work."""
-    if not isinstance(contributions, Explicit) or contributions.output_gradients is not None:
+    if not isinstance(contributions, Explicit):
         return False
-    few = _ACCELERATOR_FEW_NUMBERS if is_accelerator(contributions.device) else _FEW_NUMBERS
-    return contributions.values.numel() <= few
+    if is_accelerator(contributions.device):
+        return contributions.values.numel() <= _ACCELERATOR_FEW_NUMBERS
+    return contributions.output_gradients is None and contributions.values.numel() <= _FEW_NUMBERS

@@ -1,6 +1,7 @@
 """Squared norms, added up in float64 without float64 copies."""
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 import torch
@@ -50,6 +51,26 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
     return exact
 
 
+def block_norms_of_rows(values: Tensor) -> Tensor:
+    """Return norms of blocks of what each leading index holds, shape (n, blocks): their squares add up to its own."""
+    return _in_blocks(wide(real_view(values)).reshape(len(values), -1))
+
+
+def sq_norms_of_each_row(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the squared norms of the rows of several matrices with as many rows, shape (n,) each, float64.
+
+    Those of one width together: with as many calls as there are widths.
+    """
+    of_width: dict[int, list[int]] = defaultdict(list)
+    for place, part in enumerate(parts):
+        of_width[part.shape[1]].append(place)
+    found: dict[int, Tensor] = {}
+    for places in of_width.values():
+        entries = torch.stack([parts[place] for place in places])
+        found |= dict(zip(places, entries.double().square_().sum(-1), strict=True))
+    return [found[place] for place in range(len(parts))]
+
+
 def block_norms(tensor: Tensor) -> Tensor:
     """Return norms that make up that of a tensor, of blocks of its entries; see :func:`sq_norms_of_blocks`."""
     tensor = wide(tensor)
@@ -78,9 +99,26 @@ def sq_norms_of_blocks(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> Te
     return found
 
 
+def distances(some: Collection[Tensor], others: Collection[Tensor]) -> list[float]:
+    """Return the norms of the differences between pairs of tensors with as many entries."""
+    pairs = [(one.reshape(other.shape), other) for one, other in zip(some, others, strict=True)]
+    if len({tensor.device for pair in pairs for tensor in pair}) > 1:
+        return [of_pair for one, other in pairs for of_pair in distances([one], [other])]
+    if not pairs:
+        return []
+    ones, others = zip(*pairs, strict=True)
+    if is_accelerator(ones[0].device):
+        return sq_norm_of_each(torch._foreach_sub(ones, others)).sqrt_().tolist()
+    difference = flat(ones).double() - flat(others).double()
+    return sums_of_segments(difference.square_(), [other.numel() for other in others]).sqrt_().tolist()
+
+
 def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
     """Return the squared norm of each tensor, shape (len(tensors),), float64, on the processor; small ones at once."""
     listed = list(tensors)
+    if listed and len({tensor.device for tensor in listed}) == 1 and is_accelerator(listed[0].device):
+        of_each = torch._foreach_norm([real_view(tensor) for tensor in listed], 2, torch.float64)
+        return torch.stack(of_each).square_().cpu()
     large = [i for i, tensor in enumerate(listed) if tensor.numel() > _SMALL]
     blocks = [block_norms(listed[i]) for i in large]
     norms = dict(zip(large, sq_norms_of_blocks(blocks, [listed[i] for i in large]), strict=True))

@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.norms import (
     block_norms,
@@ -22,7 +24,7 @@ class Received:
     """The gradients of one backward pass, by the parameter's index.
 
     Small ones are kept whole; of a large one remains what its projections need, since keeping it would double its
-    memory.
+    memory, or what it is known to be.
 
     Args:
         parameters: all parameters.
@@ -44,6 +46,7 @@ class Received:
         self.came_in_parts = False
         self._kept: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
         self._complex: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._block_norms: dict[int, Tensor] = {}
@@ -52,7 +55,7 @@ class Received:
         self._local_kept: dict[int, Tensor] = {}
 
     def __contains__(self, index: int) -> bool:
-        return index in self._images or index in self._kept or index in self._complex
+        return any(index in found for found in (self._kept, self._images, self._known, self._complex))
 
     def add(self, index: int, gradient: Tensor, *, keep: bool) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has.
@@ -80,20 +83,26 @@ class Received:
         if self._keeps_local:
             self._local[index] = sum_of_squares([so_far])
 
-    def add_all(self, gradients: Mapping[int, Tensor], keep: Collection[int]) -> None:
+    def add_all(
+        self, gradients: Mapping[int, Tensor], keep: Collection[int], known: Mapping[int, Tensor] = MappingProxyType({})
+    ) -> None:
         """Enter gradients that a pass gave, by index, once it is over: with few calls.
 
         Args:
             gradients: dense or sparse, real or complex; none that :meth:`add` was given.
             keep: of which parameters all entries will be asked for; what is kept is a copy.
+            known: what some are, up to rounding: these need not be read for their projections.
         """
         kept = {index: gradient for index, gradient in gradients.items() if index in keep}
         if kept:
             entries = flat([dense(gradient) for gradient in kept.values()])
             self._kept |= dict(zip(kept, entries.split([gradient.numel() for gradient in kept.values()]), strict=True))
+        self._known |= known
         for index, gradient in gradients.items():
             if gradient.is_complex():
                 self.add_complex(index, gradient)
+            elif index in known:
+                self._mark(index, gradient)
             elif index not in keep and index not in self._images:
                 self.look_at(index, gradient)
         for index in self._block_norms.keys() - gradients.keys():  # it was on its way to somebody else
@@ -101,11 +110,15 @@ class Received:
         looked_at = [gradients[index] for index in self._block_norms]
         norms = sq_norms_of_blocks(list(self._block_norms.values()), looked_at)
         self._norms |= dict(zip(self._block_norms, norms, strict=True))
+        unread = [index for index in [*self._images, *known] if index in gradients and index not in self._norms]
+        norms = sq_norm_of_each([dense(gradients[index]) for index in unread])
+        self._norms |= dict(zip(unread, norms, strict=True))
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
         whole = dense(gradient)
-        self._block_norms[index] = block_norms(whole)
+        if not is_accelerator(whole.device):  # which reads them all with one call
+            self._block_norms[index] = block_norms(whole)
         self._images[index] = self._directions.probe(index).image_of(whole)
         self._mark(index, gradient)
 
@@ -126,14 +139,14 @@ class Received:
     @property
     def indices(self) -> list[int]:
         """Of the parameters that received one."""
-        return [*self._kept, *self._images, *self._complex]
+        return [*self._kept, *self._images, *self._known, *self._complex]
 
     @cached_property
     def sq_norms(self) -> dict[int, float]:
         """Each gradient's squared norm; to be asked for when all have been entered."""
         # A projection's square is about that of the norm.
         large = (
-            on_processor([self._norms[i] for i in self._images])
+            on_processor([self._norms[i] for i in [*self._images, *self._known]])
             if self._keeps_norms
             else self._projected.square().mean(1)
         )
@@ -156,7 +169,7 @@ class Received:
 
     def projections(self) -> Tensor:
         """Return the projections of all gradients together, shape (p,), float64, on the processor."""
-        return self._projected.sum(0) + self._directions.of(self._kept)
+        return self._projected.sum(0) + self._directions.of(self._kept | self._known)
 
     @cached_property
     def _projected(self) -> Tensor:
@@ -171,7 +184,7 @@ class Received:
         measured.
         """
         found = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
-        is_known = found.keys() == set(self.indices) and self._marks.keys() == self._images.keys()
+        is_known = found.keys() == set(self.indices) and self._marks.keys() == self._images.keys() | self._known.keys()
         if not is_known or self._complex or any(gradient.is_sparse for gradient in found.values()):
             return False
         if any(_mark_of(found[index]) != mark for index, mark in self._marks.items()):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_graddiv.per_example import convolutions, devices, factors
+from lightning_graddiv.per_example import convolutions, devices
 from lightning_graddiv.per_example.convolutions import Convolved, Patches
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Total
@@ -179,6 +179,7 @@ def test_few_examples_are_taken_at_a_time(monkeypatch):
     torch.testing.assert_close(apart, together)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("ask", [Convolved.measure, Convolved.sketches, in_a_total], ids=lambda ask: ask.__name__)
 def test_patches_are_taken_of_few_examples_at_a_time(ask, rows, monkeypatch):
@@ -188,20 +189,21 @@ def test_patches_are_taken_of_few_examples_at_a_time(ask, rows, monkeypatch):
     take(monkeypatch, pixels=False)
     probe = Directions([layer.weight], 0).probe(0)
     by_kernel = ask(found, probe)
-    sizes, original = [], Patches.explicit
-    monkeypatch.setattr(Convolved, "takes_patches", True)
-    monkeypatch.setattr(Patches, "explicit", lambda self: (sizes.append(len(self)), original(self))[1])
-    weights, patches = 3 * 2 * 9, rows * 2 * 9 * 16
-    monkeypatch.setattr(factors, "chunk_bytes", lambda device: 4 * 3 * (weights + patches))
+    sizes, multiply = [], torch.bmm
+    monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out: (sizes.append(len(a) // rows), multiply(a, b, out=out))[1])
+    monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 8 * 3 * rows * 2 * 9 * 16)
     by_patches = ask(found, probe)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(by_patches, by_kernel)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dimensions", TYPES)
 def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, monkeypatch):
+    """By products of patches between few positions, which have to be of one linear map."""
     layer, inputs = convolution(dimensions, many, **OPTIONS[name])
     output_gradients = torch.randn_like(layer(inputs))
     found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))["weight"]
@@ -212,9 +214,12 @@ def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, 
     pads, original = [], convolutions.F.pad
     monkeypatch.setattr(convolutions.F, "pad", lambda *args: (pads.append(args), original(*args))[1])
     monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 1)
+    by_products = not many and layer.groups == 1
+    assert found.are_formed is not by_products
+    monkeypatch.setattr(Patches, "_outer" if found.are_formed else "explicit", refuse)
     for one, other in zip(found.measure(probe), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    assert len(pads) <= (1 if many else N)
+    assert len(pads) <= 1
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
