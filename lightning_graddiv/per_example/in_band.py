@@ -218,7 +218,7 @@ class GhostStep(InBandStep):
         examples, sums = recorded.examples, self.sums
         self.sums = replace(
             sums,
-            sum_sq_norms=sums.sum_sq_norms + float(recorded.total(self.covered).sum()) / scale**2,
+            sum_sq_norms=sums.sum_sq_norms + sum(recorded.totals.get(i, 0.0) for i in self.covered) / scale**2,
             rest_sq_norms=sums.rest_sq_norms + self._pending_sq_norms,
             sum_weights=sums.sum_weights + self._weight * examples,
             sum_sq_weights=sums.sum_sq_weights + self._weight**2 * examples,
@@ -228,7 +228,7 @@ class GhostStep(InBandStep):
         else:
             self._projections += recorded.received.projections() / scale
         self.local_sq_norm = self._local_sq_norm(recorded.local_sq_norms, scale)
-        self._reached |= recorded.sq_norms.keys()
+        self._reached |= recorded.totals.keys()
         self._pending_sq_norms = 0.0
 
     @property

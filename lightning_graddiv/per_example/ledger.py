@@ -10,7 +10,7 @@ from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, Explicit
-from lightning_graddiv.per_example.norms import distances, on_processor, sq_norms_of_each_row
+from lightning_graddiv.per_example.norms import dense, differences_of, distances, on_processor, sq_norm_of_each
 from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.records import Recorded
 
@@ -67,6 +67,7 @@ class Ledger:
         self._gives_all_at_end = False
         self._looked_at: set[int] = set()
         self._distances: dict[int, float] = {}
+        self._totals: dict[int, float] = {}
         self._sums: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
         self._received = Received(
@@ -134,9 +135,26 @@ class Ledger:
         """Enter all gradients that a pass gave, once it is over; those that :meth:`receive` was given are known."""
         self.misses |= {index: "it is complex" for index, gradient in gradients.items() if gradient.is_complex()}
         others = {i: gradient for i, gradient in gradients.items() if i in self._looked_at or i not in self._received}
+        self._enter_sums()
+        sq_norms = self._read_at_once(others) if all(is_accelerator(g.device) for g in others.values()) else {}
         large = {i: total for i, total in self._sums.items() if i in others and i not in self._directions.small}
-        self._distances = dict(zip(large, distances([others[i] for i in large], large.values()), strict=True))
-        self._received.add_all(others, keep=self._directions.vectors | (self._sums.keys() - large.keys()), known=large)
+        keep = self._directions.vectors | (self._sums.keys() - large.keys())
+        self._received.add_all(others, keep, known=large, sq_norms=sq_norms)
+
+    def _read_at_once(self, gradients: Mapping[int, Tensor]) -> dict[int, float]:
+        """Return the gradients' squared norms; with the same call enter all other norms that can be taken by now."""
+        real = {index: dense(gradient) for index, gradient in gradients.items() if not gradient.is_complex()}
+        compared, parts = {i: total for i, total in self._sums.items() if i in real}, self._parts
+        differences = differences_of(compared.values(), [real[index] for index in compared])
+        norms = sq_norm_of_each([*differences, *real.values(), *parts.values()]).tolist()
+        self._distances = dict(zip(compared, map(math.sqrt, norms[: len(compared)]), strict=True))
+        self._totals = dict(zip(parts, norms[len(norms) - len(parts) :], strict=True))
+        return dict(zip(real, norms[len(compared) : len(norms) - len(parts)], strict=True))
+
+    @property
+    def _parts(self) -> dict[int, Tensor]:
+        """Contributions, or norms of their blocks, whose squares are still to be added up: shape (n, parts)."""
+        return self._waiting | self._block_norms
 
     def balance(self) -> Recorded:
         """Compare, parameter by parameter, what the examples add up to with the gradient; return what was entered.
@@ -144,12 +162,19 @@ class Ledger:
         Raises:
             MeasurementError: something is not finite.
         """
-        self._enter_waiting()
+        self._enter_sums()
+        parts = {index: values for index, values in self._parts.items() if index not in self._totals}
+        self._totals |= dict(zip(parts, sq_norm_of_each(parts.values()).tolist(), strict=True))
+        if self._sq_norms:
+            norms = on_processor(list(self._sq_norms.values())).reshape(len(self._sq_norms), self._examples).sum(1)
+            self._totals |= dict(zip(self._sq_norms, norms.tolist(), strict=True))
         sq_norms = self._received.sq_norms
         self._compare(sq_norms)
         recorded = Recorded(
             self._examples,
+            self._totals,
             self._sq_norms,
+            self._parts,
             self.misses,
             self._received,
             sum(sq_norms.values()) if self._keeps_norms and not self._received.came_in_parts else None,
@@ -158,21 +183,19 @@ class Ledger:
         self.clear()
         return recorded
 
-    def _enter_waiting(self) -> None:
-        """Take the norms of all that waits at once, in float64."""
-        if self._waiting:
-            sums = torch.cat(list(self._waiting.values()), 1).sum(0)
-            lengths = [values.shape[1] for values in self._waiting.values()]
-            self._sums |= dict(zip(self._waiting, sums.split(lengths), strict=True))
-        parts = self._waiting | self._block_norms
-        self._sq_norms |= dict(zip(parts, sq_norms_of_each_row(list(parts.values())), strict=True))
+    def _enter_sums(self) -> None:
+        """Add up what waits, all at once."""
+        waiting = {index: values for index, values in self._waiting.items() if index not in self._sums}
+        if waiting:
+            sums = torch.cat(list(waiting.values()), 1).sum(0)
+            lengths = [values.shape[1] for values in waiting.values()]
+            self._sums |= dict(zip(waiting, sums.split(lengths), strict=True))
 
     def _compare(self, received: dict[int, float]) -> None:
-        indices = sorted((self._sq_norms.keys() | received.keys()) & self._measured)
+        own = self._totals
+        indices = sorted((own.keys() | received.keys()) & self._measured)
         if not indices:
             return
-        norms = on_processor(list(self._sq_norms.values())).reshape(len(self._sq_norms), self._examples).sum(1)
-        own = dict(zip(self._sq_norms, norms.tolist(), strict=True))
         # Rounding errors of a gradient that cancels within each example are those of what cancels.
         scales = {index: own.get(index, 0.0) + received.get(index, 0.0) for index in indices}
         total = sum(scales.values())

@@ -99,18 +99,15 @@ def sq_norms_of_blocks(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> Te
     return found
 
 
+def differences_of(some: Collection[Tensor], others: Collection[Tensor]) -> Sequence[Tensor]:
+    """Return the differences between pairs of tensors with as many entries: with one call where that is possible."""
+    ones = [one.reshape(other.shape) for one, other in zip(some, others, strict=True)]
+    return torch._foreach_sub(ones, list(others)) if ones else []
+
+
 def distances(some: Collection[Tensor], others: Collection[Tensor]) -> list[float]:
     """Return the norms of the differences between pairs of tensors with as many entries."""
-    pairs = [(one.reshape(other.shape), other) for one, other in zip(some, others, strict=True)]
-    if len({tensor.device for pair in pairs for tensor in pair}) > 1:
-        return [of_pair for one, other in pairs for of_pair in distances([one], [other])]
-    if not pairs:
-        return []
-    ones, others = zip(*pairs, strict=True)
-    if is_accelerator(ones[0].device):
-        return sq_norm_of_each(torch._foreach_sub(ones, others)).sqrt_().tolist()
-    difference = flat(ones).double() - flat(others).double()
-    return sums_of_segments(difference.square_(), [other.numel() for other in others]).sqrt_().tolist()
+    return sq_norm_of_each(differences_of(some, others)).sqrt_().tolist()
 
 
 def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:

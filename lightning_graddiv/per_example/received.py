@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from lightning_graddiv.per_example.norms import (
     sq_norms_of_blocks,
     sum_of_squares,
 )
+
+_NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 class Received:
@@ -49,6 +52,7 @@ class Received:
         self._known: dict[int, Tensor] = {}
         self._complex: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
+        self._sq_norms: dict[int, float] = {}
         self._block_norms: dict[int, Tensor] = {}
         self._marks: dict[int, tuple[int, int]] = {}
         self._local: dict[int, Tensor] = {}
@@ -84,7 +88,11 @@ class Received:
             self._local[index] = sum_of_squares([so_far])
 
     def add_all(
-        self, gradients: Mapping[int, Tensor], keep: Collection[int], known: Mapping[int, Tensor] = MappingProxyType({})
+        self,
+        gradients: Mapping[int, Tensor],
+        keep: Collection[int],
+        known: Mapping[int, Tensor] = _NONE,
+        sq_norms: Mapping[int, float] = _NONE,
     ) -> None:
         """Enter gradients that a pass gave, by index, once it is over: with few calls.
 
@@ -92,7 +100,9 @@ class Received:
             gradients: dense or sparse, real or complex; none that :meth:`add` was given.
             keep: of which parameters all entries will be asked for; what is kept is a copy.
             known: what some are, up to rounding: these need not be read for their projections.
+            sq_norms: of those whose norms have been taken.
         """
+        self._sq_norms |= sq_norms
         kept = {index: gradient for index, gradient in gradients.items() if index in keep}
         if kept:
             entries = flat([dense(gradient) for gradient in kept.values()])
@@ -110,7 +120,9 @@ class Received:
         looked_at = [gradients[index] for index in self._block_norms]
         norms = sq_norms_of_blocks(list(self._block_norms.values()), looked_at)
         self._norms |= dict(zip(self._block_norms, norms, strict=True))
-        unread = [index for index in [*self._images, *known] if index in gradients and index not in self._norms]
+        unread = (
+            {index for index in [*self._images, *known] if index in gradients} - self._norms.keys() - sq_norms.keys()
+        )
         norms = sq_norm_of_each([dense(gradients[index]) for index in unread])
         self._norms |= dict(zip(unread, norms, strict=True))
 
@@ -144,14 +156,13 @@ class Received:
     @cached_property
     def sq_norms(self) -> dict[int, float]:
         """Each gradient's squared norm; to be asked for when all have been entered."""
-        # A projection's square is about that of the norm.
-        large = (
-            on_processor([self._norms[i] for i in [*self._images, *self._known]])
-            if self._keeps_norms
-            else self._projected.square().mean(1)
-        )
-        norms = [sq_norm_of_each(self._kept.values()), large, on_processor(list(self._complex.values()))]
-        return dict(zip(self.indices, torch.cat(norms).tolist(), strict=True))
+        kept = {index: entries for index, entries in self._kept.items() if index not in self._sq_norms}
+        large = {index: norm for index, norm in self._norms.items() if index not in self._sq_norms}
+        if not self._keeps_norms:  # a projection's square is about that of the norm
+            large = dict(zip(self._images, self._projected.square().mean(1), strict=True))
+        norms = [sq_norm_of_each(kept.values()), *(on_processor(list(of.values())) for of in (large, self._complex))]
+        found = zip([*kept, *large, *self._complex], torch.cat(norms).tolist(), strict=True)
+        return self._sq_norms | dict(found)
 
     def local_sq_norms(self) -> dict[int, float]:
         """Return the squared norm of each gradient so far, with what the parameter had before."""

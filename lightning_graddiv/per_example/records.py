@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout
-from lightning_graddiv.per_example.norms import wide
+from lightning_graddiv.per_example.norms import sq_norms_of_each_row, wide
 from lightning_graddiv.per_example.received import Received
 
 
@@ -98,7 +99,8 @@ class Recorded:
 
     Attributes:
         examples: n.
-        sq_norms: squared norms of the contributions, shape (n,), float64.
+        totals: squared norms of the contributions, added up over the examples.
+        parts: contributions, or norms of their blocks, whose squares add up to the norms that are not taken yet.
         misses: why a parameter is not accounted for.
         received: the gradients of this pass.
         gradient_sq_norm: of this pass, over all parameters; None where one of them came in parts, or not asked for.
@@ -107,11 +109,18 @@ class Recorded:
     """
 
     examples: int
-    sq_norms: dict[int, Tensor]
+    totals: dict[int, float]
+    _sq_norms: dict[int, Tensor]
+    parts: dict[int, Tensor]
     misses: dict[int, str]
     received: Received
     gradient_sq_norm: float | None
     local_sq_norms: dict[int, float] | None
+
+    @cached_property
+    def sq_norms(self) -> dict[int, Tensor]:
+        """Squared norms of the contributions, shape (n,), float64."""
+        return self._sq_norms | dict(zip(self.parts, sq_norms_of_each_row(list(self.parts.values())), strict=True))
 
     def total(self, parameters: Sequence[int]) -> Tensor:
         """Return the squared norms over these parameters, shape (n,)."""
