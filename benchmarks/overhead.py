@@ -544,17 +544,24 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")  # on tensor cores, as Lightning advises
     results: dict[str, Any] = {"versions": versions(), "models": {}}
     for name in (arguments.models or ",".join(tasks)).split(","):
-        found = {"training": in_training(tasks[name], arguments.quick, arguments.device)}
-        found["peak_MiB"] = memory(name) if is_cpu else memory_of_gpu(tasks[name])
-        if not is_cpu:
-            found["training_bf16"] = in_training(tasks[name], arguments.quick, arguments.device, "bf16-mixed")
-        found["engines"] = bare(tasks[name], arguments.quick, arguments.device)
-        results["models"][name] = found
-        write(results, arguments.out, is_cpu)
+        task, found = tasks[name], results["models"].setdefault(name, {})
+        for part, measured in parts_of(task, arguments.quick, arguments.device):
+            found[part] = measured
+            write(results, arguments.out, is_cpu)
         print(f"{name}: measured over plain {found['training']['measured_over_plain']:.2f}", flush=True)
     if is_cpu:
         results["growth"] = growth_of_cost(arguments.quick)
         write(results, arguments.out, is_cpu)
+
+
+def parts_of(task: Task, quick: bool, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure one thing after another: what is measured is there if the next is cut off."""
+    is_cpu = device == "cpu"
+    yield "training", in_training(task, quick, device)
+    yield "peak_MiB", memory(task.name) if is_cpu else memory_of_gpu(task)
+    if not is_cpu:
+        yield "training_bf16", in_training(task, quick, device, "bf16-mixed")
+    yield "engines", bare(task, quick, device)
 
 
 def write(results: dict[str, Any], folder: Path, is_cpu: bool) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from typing_extensions import override
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
 from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Outer, Probe, forming_is_cheaper
 from lightning_graddiv.per_example.norms import sq_norms_of_rows
+
+_CALLS_OF_A_CHUNK = 5
+"""On an accelerator, for a copy of patches and their product; a step along the kernel takes one."""
 
 _SHIFT = 32
 """What adding one entry to another costs in products of a matrix product: it waits for memory."""
@@ -53,17 +57,49 @@ class Convolved(Contributions):
     def explicit(self) -> Tensor:
         """Differentiate each row with the library's own kernel: every row becomes a group of channels."""
         if self.takes_patches:
-            return self._patches().explicit()
+            return self._by_steps() if self.takes_steps else self._patches().explicit()
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
         rows = len(inputs)
         inputs, output_gradients = inputs.flatten(0, 1)[None], output_gradients.flatten(0, 1)[None]
         by_row: Tensor = self._weight_gradient(inputs, output_gradients, rows).unflatten(0, (rows, -1))
         return by_row if rows == len(self) else by_row.reshape(*self.inputs.shape[:2], *self.shape).sum(1)
 
-    @property
+    @cached_property
     def takes_patches(self) -> bool:
         """Whether a product of matrices is faster than the library's kernel, which a GPU calls for nearly each row."""
         return is_accelerator(self.device)
+
+    @cached_property
+    def takes_steps(self) -> bool:
+        """Whether a product for each entry of the kernel takes fewer calls than copies of patches, a few at a time."""
+        is_one_map = self.inputs.shape[1] * self.groups == 1
+        if not (self.takes_patches and is_one_map and set(self.stride) == {1}):
+            return False
+        kernel, positions = math.prod(self.shape[2:]), math.prod(self.output_gradients.shape[3:])
+        at_a_time, patches = chunk_bytes(self.device), 4 * kernel * self.shape[1] * positions
+        by_steps = math.ceil(4 * len(self) * self._held_by_steps / at_a_time) * (kernel + _CALLS_OF_A_CHUNK)
+        by_patches = _CALLS_OF_A_CHUNK * (1 + math.ceil(len(self) * patches / (at_a_time / 2)))
+        return by_steps < by_patches
+
+    @property
+    def _held_by_steps(self) -> int:
+        channels = self.shape[0] + self.shape[1]
+        return math.prod(self.shape) + channels * math.prod(self._padded_space)
+
+    def _by_steps(self) -> Tensor:
+        """``c_i`` at kernel entry d is ``sum_t b_t x_(t+d)'``; with pixels numbered, a step d is a slice of them."""
+        steps, kernel = self._steps(), self.shape[2:]
+        x = self._padded_inputs[:, 0].flatten(2)
+        reach = zip(self.output_gradients.shape[4:], self._padded_space[1:], strict=True)
+        widths = [width for size, whole in reversed(list(reach)) for width in (0, whole - size)]
+        length = x.shape[-1] - steps[-1]
+        b = (F.pad(self.output_gradients, widths) if any(widths) else self.output_gradients)[:, 0].flatten(2)
+        b, x = b[..., :length], x.transpose(1, 2)
+        formed = b.new_empty(len(steps), len(self), *self.shape[:2])
+        for products, step in zip(formed, steps, strict=True):
+            torch.bmm(b, x[:, step : step + length], out=products)
+        by_example: Tensor = formed.permute(1, 2, 3, 0).unflatten(-1, kernel)
+        return by_example
 
     def _patches(self) -> "Patches":
         inputs = self._padded_inputs
@@ -87,20 +123,23 @@ class Convolved(Contributions):
 
     @override
     def chunks(self) -> Iterator[Contributions]:
-        return self._patches().chunks() if self.takes_patches else super().chunks()
+        takes_patches = self.takes_patches and not self.takes_steps
+        return self._patches().chunks() if takes_patches else super().chunks()
 
     @property
     @override
     def formed_at_once(self) -> int:
+        if self.takes_steps:
+            return self._held_by_steps
         return self._patches().formed_at_once if self.takes_patches else math.prod(self.shape)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Take the cheaper of the gradients themselves and products between the input's pixels."""
-        if self.takes_patches:
-            return self._patches().measure(probe)
         if self.are_formed:
             return super().measure(probe)
+        if self.takes_patches:
+            return self._patches().measure(probe)
         pixels = self.inputs.shape[1] * math.prod(self._padded_space)
         size = max(1, chunk_bytes(self.device) // (12 * self.groups * pixels**2))
         parts = [self.at(slice(start, start + size)) for start in range(0, len(self), size)]

@@ -8,7 +8,7 @@ _PROCESSORS = frozenset({"cpu"})
 _CHUNK_BYTES = 4 * 2**20
 """Temporary numbers that are held at a time: on a processor, what its allocator keeps rather than gives back."""
 
-_ACCELERATOR_CHUNK_BYTES = 80 * 2**20
+_ACCELERATOR_CHUNK_BYTES = 96 * 2**20
 
 
 def is_accelerator(device: torch.device) -> bool:

@@ -24,6 +24,10 @@ _ALREADY_DRAWN = 8
 """Pools of random numbers that are kept, of different sizes."""
 
 
+_KEPT_BYTES = 16 * 2**20
+"""Of a pool that is kept on a device, too."""
+
+
 class Directions:
     """A few directions for each parameter, drawn at once. The same seed gives the same ones on every process.
 
@@ -116,9 +120,11 @@ class Directions:
 
     @cached_property
     def _numbers(self) -> Tensor:
-        size = max(1, self._places[-1][-1])
+        size, device = max(1, self._places[-1][-1]), self._parameters[0].device
         start = (self._seed * _GOLDEN % 2**64 * size) >> 64
-        return _pool(2 * size, self._count)[:, start : start + size].to(self._parameters[0].device)
+        is_kept_there = 4 * 2 * size * self._count <= _KEPT_BYTES
+        pool = _pool_on(device, 2 * size, self._count) if is_kept_there else _pool(2 * size, self._count)
+        return pool[:, start : start + size].to(device)
 
 
 @lru_cache(maxsize=_ALREADY_DRAWN)
@@ -129,6 +135,12 @@ def _pool(size: int, count: int) -> Tensor:
     since a proof makes torch's random numbers constant.
     """
     return torch.from_numpy(np.random.default_rng(size).standard_normal((count, size), dtype=np.float32))
+
+
+@lru_cache(maxsize=_ALREADY_DRAWN)
+def _pool_on(device: torch.device, size: int, count: int) -> Tensor:
+    """Keep numbers where they are used: measurements would wait for their transfer."""
+    return _pool(size, count).to(device)
 
 
 def _is_small(parameter: Tensor, first: Tensor) -> bool:

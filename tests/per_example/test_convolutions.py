@@ -81,6 +81,8 @@ def assert_same(found, expected, not_taken, monkeypatch):
         torch.testing.assert_close(found[name].explicit(), gradients, rtol=1e-10, atol=1e-10)
         if isinstance(found[name], Convolved):  # what a GPU takes, and what shares of the examples it takes it of
             torch.testing.assert_close(found[name]._patches().explicit(), gradients, rtol=1e-10, atol=1e-10)
+            if found[name].inputs.shape[1] * found[name].groups == 1 and set(found[name].stride) == {1}:
+                torch.testing.assert_close(found[name]._by_steps(), gradients, rtol=1e-10, atol=1e-10)
         part = found[name].at(slice(1, 3))
         torch.testing.assert_close(part.explicit(), gradients[1:3], rtol=1e-10, atol=1e-10)
     monkeypatch.setattr(Convolved, not_taken, refuse)
@@ -199,6 +201,35 @@ def test_patches_are_taken_of_few_examples_at_a_time(ask, rows, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("channels", "extent", "options", "steps"),
+    [
+        ((8, 8), 16, {}, True),
+        ((1, 8), 16, {}, False),  # few patches: one piece
+        ((8, 8), 16, dict(stride=2), False),
+        ((8, 8), 16, dict(groups=2), False),
+        ((8, 8), 4, {}, False),
+    ],
+    ids=str,
+)
+def test_steps_along_the_kernel_are_taken_instead_of_copies_of_many_patches(
+    channels, extent, options, steps, monkeypatch
+):
+    layer = nn.Conv2d(*channels, 3, padding=1, **options).double()
+    inputs = torch.randn(8, channels[0], extent, extent, dtype=torch.float64)
+    found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, 8))["weight"]
+    probe = Directions([layer.weight], 0).probe(0)
+    take(monkeypatch, pixels=False)
+    expected = found.measure(probe)
+    monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
+    monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 4 * 8 * (16 * 18 * 18 + 576))
+    assert found.takes_steps is steps
+    monkeypatch.setattr(*((Patches, "explicit") if steps else (Convolved, "_by_steps")), refuse)
+    for one, other in zip(found.measure(probe), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dimensions", TYPES)
@@ -214,6 +245,7 @@ def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, 
     pads, original = [], convolutions.F.pad
     monkeypatch.setattr(convolutions.F, "pad", lambda *args: (pads.append(args), original(*args))[1])
     monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 1)
+    monkeypatch.setattr(Convolved, "takes_steps", False)
     by_products = not many and layer.groups == 1
     assert found.are_formed is not by_products
     monkeypatch.setattr(Patches, "_outer" if found.are_formed else "explicit", refuse)
