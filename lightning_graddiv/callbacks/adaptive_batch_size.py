@@ -56,7 +56,8 @@ class AdaptiveBatchSize(GradientDiversityMonitor):
     examples then; as a fraction it stays that part of the data.
 
     Args:
-        every_n_steps: see :class:`GradientDiversityMonitor`, as for the next five.
+        every_n_steps: see :class:`GradientDiversityMonitor`, as for the next five; twice as often by default, since a
+            growth waits for measurements.
         engine: see there.
         max_examples: see there.
         window: see there; it also restarts at growth.

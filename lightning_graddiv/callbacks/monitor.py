@@ -59,7 +59,8 @@ class GradientDiversityMonitor(Callback):
     them). The progress bar shows the bound; ``trainer.callback_metrics`` has all.
 
     Args:
-        every_n_steps: optimizer steps from one measurement to the next.
+        every_n_steps: optimizer steps from one measurement to the next. At 200, measuring took less than 2 % of the
+            time of every network that we measured (``docs/performance.md``); a run of a few hundred wants fewer.
         engine: ``"auto"``, ``"ghost"`` (in-band), ``"functional"``, ``"loop"`` or ``"microbatch"`` (between groups).
         max_examples: measure at most so many examples per process, where the step is run again. None: the whole
             micro-batch.
@@ -87,7 +88,7 @@ class GradientDiversityMonitor(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 100,
+        every_n_steps: int = 200,
         engine: str = "auto",
         max_examples: int | None = None,
         window: int = 16,

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example import layers
+from lightning_graddiv.per_example import devices, layers
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.layers import Layout
 
@@ -37,10 +37,10 @@ def recorded(net, loss, **kwargs):
         return recorder.finish()
 
 
-def recorded_at_the_end(net, loss, before=lambda recorder: None):
+def recorded_at_the_end(net, loss, before=lambda recorder: None, **kwargs):
     """Watch the only backward pass of a step, after which gradients are looked at; return what was recorded."""
     parameters = list(net.parameters())
-    with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
+    with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True, **kwargs) as recorder:
         recorder.attach(net)
         recorder.begin(N)
         value = loss(net)
@@ -409,3 +409,110 @@ class TestTheOnlyPass:
             self.watched(net, run)
         assert self.hooks(net) == [0, 0]
         assert not net._forward_hooks
+
+
+class TestOnAnAccelerator:
+    """All gradients are read with one call when the pass is over; large ones beside the sums of their contributions."""
+
+    WIDTH, POSITIONS = 260, 70  # the weight is large, and no larger than the layer's input
+
+    @pytest.fixture(autouse=True)
+    def _few_calls(self, monkeypatch):
+        monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
+
+    def net(self, dtype=torch.float64):
+        return nn.Sequential(nn.Linear(self.WIDTH, self.WIDTH), nn.Tanh(), nn.Linear(self.WIDTH, 2)).to(dtype)
+
+    def batch(self, dtype=torch.float64):
+        return torch.randn(N, self.POSITIONS, self.WIDTH, dtype=dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_what_is_seen_is_what_hooks_see(self, dtype, monkeypatch):
+        x, net, seen = self.batch(dtype), self.net(dtype), []
+        found = recorded_at_the_end(
+            net,
+            lambda net: net(x).square().sum(),
+            lambda _: seen.extend(parameter._backward_hooks for parameter in net.parameters()),
+        )
+        assert not any(seen)
+        assert found.received.is_still([parameter.grad for parameter in net.parameters()])
+        assert found.received.image(0) is None  # it is known by its contributions
+        net.zero_grad()
+        monkeypatch.undo()
+        by_hooks = recorded(net, lambda net: net(x).square().sum(), keeps_norms=True)
+        assert found.misses == by_hooks.misses == {}
+        close = {"rtol": 1e-4, "atol": 0} if dtype != torch.float64 else {"rtol": 1e-10, "atol": 0}
+        for index, sq_norms in by_hooks.sq_norms.items():
+            torch.testing.assert_close(found.sq_norms[index], sq_norms, **close)
+            assert found.totals[index] == pytest.approx(float(sq_norms.sum()), rel=close["rtol"])
+        assert found.received.sq_norms == pytest.approx(by_hooks.received.sq_norms, rel=close["rtol"])
+        scale = sum(by_hooks.received.sq_norms.values()) ** 0.5
+        rounding = 1e-10 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 1e-2
+        difference = found.received.projections() - by_hooks.received.projections()
+        assert float(difference.abs().max()) < rounding * scale
+
+    def test_a_use_outside_of_the_layer_is_missed(self):
+        net, x = self.net(), self.batch()
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum() + net[0].weight.square().sum())
+        assert found.misses == {0: "it is used outside of its layer"}
+
+    def test_what_is_done_to_a_gradient_after_the_pass_is_seen_afterwards_only(self):
+        """As a gradient scaler writes to all: what the pass gave is known without them."""
+        net, x = self.net(), self.batch()
+        parameters = list(net.parameters())
+        with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
+            recorder.attach(net)
+            recorder.begin(N)
+            loss = net(x).square().sum()
+            recorder.await_end_of(loss)
+            loss.backward()
+            given = recorder.projected([parameter.grad for parameter in parameters])
+            for parameter in parameters:
+                parameter.grad.mul_(0.5)
+            found = recorder.finish()
+            applied = recorder.projected([parameter.grad for parameter in parameters])
+        assert found.misses == {}
+        assert not found.received.is_still([parameter.grad for parameter in parameters])
+        torch.testing.assert_close(found.received.projections(), given, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(0.5 * given, applied)
+
+    @pytest.mark.parametrize("how", ["twice", "of a weight afterwards"])
+    def test_several_passes_are_told_from_one(self, how):
+        net, x = self.net(), self.batch()
+        parameters = list(net.parameters())
+        with GhostRecorder(parameters, every_use(parameters, 9), awaits_loss=True, keeps_norms=True) as recorder:
+            recorder.attach(net)
+            recorder.begin(N)
+            loss = net(x).square().sum()
+            recorder.await_end_of(loss)
+            loss.backward(retain_graph=True)
+            if how == "twice":
+                loss.backward()
+            else:
+                net[0].weight.square().sum().backward()
+            found = recorder.finish()
+        is_still = found.received.is_still([parameter.grad for parameter in parameters])
+        assert not is_still or set(found.misses.values()) == {"it takes part in more than one backward pass"}
+
+    def test_uses_that_are_added_up_after_the_pass(self):
+        """Their sum is not known when the gradient is read: both are compared in random directions."""
+        net, x = nn.Linear(self.WIDTH, self.WIDTH).double(), self.batch()
+        found = recorded_at_the_end(net, lambda net: net(net(x).tanh()).square().sum(), shared=frozenset({0, 1}))
+        assert found.misses == {}
+        assert found.received.image(0) is not None
+        for i in range(N):
+            net.zero_grad()
+            net(net(x[i : i + 1]).tanh()).square().sum().backward()
+            assert found.sq_norms[0][i] == pytest.approx(float(net.weight.grad.square().sum()), rel=1e-9)
+
+    def test_gradients_whose_squares_leave_float32_are_refused(self):
+        x, net = self.batch(torch.float32), self.net(torch.float32)
+        with pytest.raises(MeasurementError, match="too small to be measured on an accelerator.*Scale the loss"):
+            recorded_at_the_end(net, lambda net: 1e-16 * net(x).square().mean())
+        net.zero_grad()
+        assert recorded_at_the_end(net, lambda net: 1e-8 * net(x).square().mean()).misses == {}
+
+    def test_gradients_of_zero_are_not_too_small(self):
+        x, net = self.batch(torch.float32), self.net(torch.float32)
+        found = recorded_at_the_end(net, lambda net: 0 * net(x).sum())
+        assert set(found.totals.values()) == {0.0}

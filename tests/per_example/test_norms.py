@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 
+from lightning_graddiv.per_example import devices
 from lightning_graddiv.per_example.norms import (
     _FEW,
     block_norms,
+    block_norms_of_rows,
+    distances,
     sq_norm_of_each,
     sq_norms_of_blocks,
+    sq_norms_of_each_row,
     sq_norms_of_rows,
     sum_of_squares,
 )
@@ -77,3 +81,38 @@ def test_norms_of_several_tensors_are_those_of_float64(name):
 
 def test_no_tensors_have_no_norms():
     assert sq_norms_of_blocks([], []).shape == sq_norm_of_each([]).shape == (0,)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_an_accelerator_takes_those_of_several_tensors_with_one_call(name, monkeypatch):
+    monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
+    torch.testing.assert_close(sq_norm_of_each(TENSORS[name]), wanted(TENSORS[name]).double(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "too small" not in name])
+def test_norms_of_blocks_of_rows_make_up_those_of_the_rows(name):
+    values = ROWS[name]()
+    blocks = block_norms_of_rows(values)
+    assert blocks.dtype == torch.float32
+    torch.testing.assert_close(blocks.double().square().sum(1), sq_norms_of_rows(values), rtol=1e-6, atol=0.0)
+
+
+def test_norms_of_rows_of_several_matrices_keep_their_order():
+    parts = [drawn(4, 3), drawn(4, 5), 2 * drawn(4, 3), drawn(4, 1), drawn(4, 5)]
+    for found, part in zip(sq_norms_of_each_row(parts), parts, strict=True):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, part.double().square().sum(1))
+    assert sq_norms_of_each_row([]) == []
+
+
+@pytest.mark.parametrize("processors", [frozenset({"cpu"}), frozenset()], ids=["processor", "accelerator"])
+def test_distances_are_those_of_float64(processors, monkeypatch):
+    monkeypatch.setattr(devices, "_PROCESSORS", processors)
+    some = [drawn(3, 4), drawn(5), drawn(300, 200), drawn(2, 2).bfloat16()]
+    others = [2 * drawn(12), drawn(5), drawn(200, 300).T + 1, drawn(4)]
+    expected = [
+        float(torch.linalg.vector_norm(a.double().reshape(b.shape) - b.double()))
+        for a, b in zip(some, others, strict=True)
+    ]
+    assert distances(some, others) == pytest.approx(expected, rel=1e-6)
+    assert distances([], []) == []

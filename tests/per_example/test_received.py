@@ -114,3 +114,21 @@ def test_sparse_and_complex_gradients_are_entered_at_once_too():
     )
     torch.testing.assert_close(found.image(0), Directions(parameters, 0).probe(0).image_of(dense))
     assert found.image(1) is None
+
+
+def test_what_is_known_need_not_be_read():
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(3, 4, dtype=torch.float64)) for _ in range(2)]
+    gradients = [torch.randn(3, 4, dtype=torch.float64) for _ in parameters]
+    found = Received(parameters, Directions(parameters, 0), keeps_norms=True, keeps_local=False)
+    known = {0: gradients[0].clone()}
+    found.add_all(dict(enumerate(gradients)), keep=(), known=known, sq_norms={0: 7.0})
+    assert 0 in found
+    assert found.indices == [1, 0]
+    assert found.sq_norms == {0: 7.0, 1: pytest.approx(float(gradients[1].square().sum()))}
+    expected = Directions(parameters, 0).of(dict(enumerate(gradients)))
+    torch.testing.assert_close(found.projections(), expected)
+    assert found.is_still(gradients)
+    gradients[0].mul_(2)
+    torch.testing.assert_close(found.projections(), expected)
+    assert not found.is_still(gradients)
