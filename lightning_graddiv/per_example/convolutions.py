@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,12 +63,12 @@ class Convolved(Contributions):
         by_row: Tensor = self._weight_gradient(inputs, output_gradients, rows).unflatten(0, (rows, -1))
         return by_row if rows == len(self) else by_row.reshape(*self.inputs.shape[:2], *self.shape).sum(1)
 
-    @cached_property
+    @property
     def takes_patches(self) -> bool:
         """Whether a product of matrices is faster than the library's kernel, which a GPU calls for nearly each row."""
         return is_accelerator(self.device)
 
-    @cached_property
+    @property
     def takes_steps(self) -> bool:
         """Whether a product for each entry of the kernel takes fewer calls than copies of patches, a few at a time."""
         is_one_map = self.inputs.shape[1] * self.groups == 1

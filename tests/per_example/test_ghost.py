@@ -507,7 +507,7 @@ class TestOnAnAccelerator:
 
     def test_gradients_whose_squares_leave_float32_are_refused(self):
         x, net = self.batch(torch.float32), self.net(torch.float32)
-        with pytest.raises(MeasurementError, match="too small to be measured on an accelerator.*Scale the loss"):
+        with pytest.raises(MeasurementError, match=r"too small to be measured on an accelerator.*Scale the loss"):
             recorded_at_the_end(net, lambda net: 1e-16 * net(x).square().mean())
         net.zero_grad()
         assert recorded_at_the_end(net, lambda net: 1e-8 * net(x).square().mean()).misses == {}
