@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_graddiv import AdaptiveBatchSize, GradientDiversityMonitor, find_batch_size
+from lightning_graddiv.per_example.norms import distances, sq_norm_of_each
 from tests.audit import quiet_trainer
 from tests.in_band import Collector, Convolutional, Wide, Witness, rho, signals, trained, worst_error
 
@@ -48,10 +49,11 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)], ids=str
     )
-    def test_mixed(self, precision, dtype):
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_mixed(self, precision, dtype, accumulate):
         module = Witness(Wide())
         monitor = trained(
-            module, signals(192), batch_size=32, precision=precision, accumulate_grad_batches=2, **ON_A_GPU
+            module, signals(192), batch_size=32, precision=precision, accumulate_grad_batches=accumulate, **ON_A_GPU
         )
         half = {"autocast": lambda: torch.autocast("cuda", dtype)}
         steps = len(module.steps)
@@ -227,3 +229,26 @@ class Sharded(Witness):
 
     def on_train_batch_start(self, batch, batch_idx):
         """Nothing is taken down of pieces."""
+
+
+def test_norms_of_tensors_of_all_kinds_are_those_of_float64():
+    """With one call for those of a type, and float64 sums."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(3000, 5000),
+        torch.randn(300, 50).T,
+        torch.randn(7, 3, 5, 5).to(memory_format=torch.channels_last),
+        torch.tensor(2.0),
+        torch.zeros(0, 3),
+        1e-30 * torch.randn(40),
+        1e25 * torch.randn(40),
+        torch.randn(3, 4).bfloat16(),
+        torch.randn(3, 4, dtype=torch.float64),
+        torch.randn(3, 4, dtype=torch.complex64),
+    ]
+    on_gpu = [tensor.cuda() for tensor in tensors]
+    wanted = torch.stack([tensor.to(torch.complex128).abs().square().sum() for tensor in tensors])
+    torch.testing.assert_close(sq_norm_of_each(on_gpu), wanted, rtol=1e-6, atol=0.0)
+    others = [torch.randn(tensor.shape).to(tensor.dtype) for tensor in tensors[:3]]
+    expected = [float((a.double() - b.double()).norm()) for a, b in zip(tensors[:3], others, strict=True)]
+    assert distances(on_gpu[:3], [other.cuda() for other in others]) == pytest.approx(expected, rel=1e-6)

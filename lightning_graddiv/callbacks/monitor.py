@@ -198,9 +198,6 @@ class GradientDiversityMonitor(Callback):
         if updates_statistics(trainer):
             return
         opens = self._opens_a_step(trainer, pl_module, batch_idx)
-        if opens:
-            self._stopwatch.begin_step()
-            self._is_measured_step = False
         if opens and not self._measurer.spans_steps:
             self._measurer.close()  # a hook that skipped the last batch has skipped on_train_batch_end too
             # From nothing but what all processes share: they reduce their sums together.
@@ -210,7 +207,9 @@ class GradientDiversityMonitor(Callback):
                 self._opened_learning_rate = largest_learning_rate(trainer.optimizers[0])
                 self._measurer.open(lambda outcome: self._take(trainer, outcome), self._stopwatch)
         self._stepped = False
-        self._is_measured_step |= self._measurer.is_open
+        if opens:
+            self._is_measured_step = self._measurer.is_open
+            self._stopwatch.begin_step(trainer.strategy.root_device, is_measured=self._is_measured_step)
         if self._measurer.is_open:
             self._measurer.micro_batch(trainer, pl_module, batch_idx)
 

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 import torch
 
 _COMPARED = 9
-"""Plain optimizer steps that a measured one is compared with: few, since the batch may grow."""
+"""Plain optimizer steps, or spans of them, that a measured one is compared with: few, since the batch may grow."""
 
 
 class Stopwatch:
     """Adds up seconds of training and, among them, of measuring; starts paused.
 
-    A measured step takes longer by more than the time spent in our own code: what comes after that finds cold caches.
-    On a processor, whole steps are compared, therefore: a measured one costs what it takes longer than the middle one
-    of the plain ones before it. On an accelerator, which is ahead of no clock here, and before there are plain steps,
-    the time in our own code counts.
+    A measured step takes longer by more than the time spent in our own code: what comes after that finds cold caches,
+    and an accelerator that it waited for has nothing to do. Whole steps are compared, therefore: a measured one costs
+    what it takes longer than the middle one of the plain ones before it. An accelerator is behind the clock, and so its
+    plain steps are timed from one measured step to the next, at both of which it is waited for. Before there are plain
+    steps, the time in our own code counts.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,7 @@ class Stopwatch:
         self._resumed: float | None = None
         self._began: tuple[float, float] | None = None
         self._plain: deque[float] = deque(maxlen=_COMPARED)
+        self._span: tuple[float, int] | None = None  # of plain steps on an accelerator: when it began, how many so far
 
     def resume(self) -> None:
         """Training goes on."""
@@ -36,32 +38,59 @@ class Stopwatch:
     def pause(self) -> None:
         """Something that is not training begins, validation for example."""
         self._elapsed, self._resumed = self._total(), None
-        self._began = None
+        self._began = self._span = None
 
-    def begin_step(self) -> None:
+    def begin_step(self, device: torch.device, *, is_measured: bool) -> None:
         """An optimizer step begins."""
+        if device.type != "cpu" and is_measured:
+            _finish(device)
+            self._end_span()
         self._began = self._total(), self._measuring
 
     def end_step(self, device: torch.device, *, is_measured: bool) -> None:
         """It ends."""
         if self._began is None:
             return
+        if device.type != "cpu" and is_measured:
+            _finish(device)
         (start, measuring), self._began = self._began, None
         seconds = self._total() - start
-        if not is_measured:
-            self._plain.append(seconds)
-        elif device.type == "cpu" and len(self._plain) == _COMPARED:
+        if is_measured and self._can_compare(device):
             self._measuring = measuring + seconds - statistics.median(self._plain)
+        if device.type == "cpu":
+            if not is_measured:
+                self._plain.append(seconds)
+        elif is_measured or self._span is None:  # the first step of all is no measure of the others
+            _finish(device)
+            self._span = self._training(), 0
+        else:
+            self._span = self._span[0], self._span[1] + 1
+
+    def _end_span(self) -> None:
+        """Take down what the plain steps since the last measured one took, each."""
+        if self._span is not None and self._span[1] > 0:
+            start, steps = self._span
+            self._plain.append((self._training() - start) / steps)
+        self._span = None
+
+    def _can_compare(self, device: torch.device) -> bool:
+        return len(self._plain) >= (_COMPARED if device.type == "cpu" else 1)
 
     @contextmanager
     def measuring(self, device: torch.device) -> Iterator[None]:
-        """Count the block as measuring; what the device had still to do is not."""
-        _finish(device)
+        """Count the block as measuring; what the device had still to do is not.
+
+        Within a step that is compared as a whole no device is waited for.
+        """
+        waits = self._began is None or not self._can_compare(device)
+        if waits:
+            _finish(device)
         start = time.perf_counter()
         try:
             yield
         finally:
-            _finish(device)
+            if waits:
+                _finish(device)
             self._measuring += time.perf_counter() - start
 
     def add(self, seconds: float) -> None:
@@ -71,8 +100,11 @@ class Stopwatch:
     @property
     def overhead(self) -> float:
         """Seconds of measuring over seconds of training without measuring."""
-        training = self._total() - self._measuring
+        training = self._training()
         return max(0.0, self._measuring / training) if training > 0 else 0.0
+
+    def _training(self) -> float:
+        return self._total() - self._measuring
 
     def _total(self) -> float:
         running = 0.0 if self._resumed is None else time.perf_counter() - self._resumed

@@ -54,7 +54,10 @@ class Convolved(Contributions):
 
     @override
     def explicit(self) -> Tensor:
-        """Differentiate each row with the library's own kernel: every row becomes a group of channels."""
+        """Differentiate each row with the library's own kernel: every row becomes a group of channels.
+
+        An accelerator multiplies matrices instead.
+        """
         if self.takes_patches:
             return self._by_steps() if self.takes_steps else self._patches().explicit()
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
@@ -82,7 +85,7 @@ class Convolved(Contributions):
 
     @property
     def _held_by_steps(self) -> int:
-        channels = self.shape[0] + self.shape[1]
+        channels = self.shape[0] + self.shape[1]  # of padded copies, which are gone when the products are copied
         return math.prod(self.shape) + channels * math.prod(self._padded_space)
 
     def _by_steps(self) -> Tensor:
@@ -130,15 +133,15 @@ class Convolved(Contributions):
     def formed_at_once(self) -> int:
         if self.takes_steps:
             return self._held_by_steps
-        return self._patches().formed_at_once if self.takes_patches else math.prod(self.shape)
+        return math.prod(self.shape) * (self.inputs.shape[1] if self.takes_patches else 1)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        """Take the cheaper of the gradients themselves and products between the input's pixels."""
+        """Take the cheaper of the gradients themselves and products: between the input's pixels, or its patches."""
         if self.are_formed:
             return super().measure(probe)
         if self.takes_patches:
-            return self._patches().measure(probe)
+            return self._patches().measure_by_products(probe)
         pixels = self.inputs.shape[1] * math.prod(self._padded_space)
         size = max(1, chunk_bytes(self.device) // (12 * self.groups * pixels**2))
         parts = [self.at(slice(start, start + size)) for start in range(0, len(self), size)]
@@ -292,23 +295,13 @@ class Patches(Contributions):
     def formed_at_once(self) -> int:
         return math.prod(self.shape) * self.patches.shape[1]
 
-    @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        if self.are_formed:
-            return super().measure(probe)
+    def measure_by_products(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """Measure by products between positions, a few examples at a time; of a convolution that is one linear map."""
         parts = [self._outer(examples).measure_by_products(probe) for examples in self._pieces()]
         if len(parts) == 1:
             return parts[0]
         norms, images = zip(*parts, strict=True)
         return torch.cat(norms), torch.stack(images).sum(0)
-
-    @property
-    @override
-    def are_formed(self) -> bool:
-        """As one linear map's, unless an example goes through several: with its rows, or in groups of channels."""
-        fan_in, positions = self._sizes
-        maps = self.output_gradients.shape[1]
-        return maps > 1 or forming_is_cheaper(len(self), positions, fan_in, self.shape[0], self.device)
 
     def _outer(self, examples: slice) -> Outer:
         """Return those of some examples as a linear map's, which they go through at each position."""

@@ -9,6 +9,7 @@ _CHUNK_BYTES = 4 * 2**20
 """Temporary numbers that are held at a time: on a processor, what its allocator keeps rather than gives back."""
 
 _ACCELERATOR_CHUNK_BYTES = 96 * 2**20
+"""A tenth of what a small residual network trains with, at which larger chunks begin to be seen."""
 
 
 def is_accelerator(device: torch.device) -> bool:

@@ -23,9 +23,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _ALREADY_DRAWN = 8
 """Pools of random numbers that are kept, of different sizes."""
 
-
 _KEPT_BYTES = 16 * 2**20
-"""Of a pool that is kept on a device, too."""
+"""A pool of up to so many is kept on the device where it is used, too."""
+
+_KEPT_POOLS = 2
 
 
 class Directions:
@@ -137,7 +138,7 @@ def _pool(size: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(size).standard_normal((count, size), dtype=np.float32))
 
 
-@lru_cache(maxsize=_ALREADY_DRAWN)
+@lru_cache(maxsize=_KEPT_POOLS)
 def _pool_on(device: torch.device, size: int, count: int) -> Tensor:
     """Keep numbers where they are used: measurements would wait for their transfer."""
     return _pool(size, count).to(device)

@@ -277,13 +277,14 @@ def _normalized_with(
 
     What hooks hide, as a checkpoint's do, is not asked for: they would run part of the model again.
     """
-    inputs = args[0] if args else kwargs.get("input")
-    saved = [getattr(output.grad_fn, f"_raw_saved_result{i}", None) for i in (1, 2)]
+    inputs, node = args[0] if args else kwargs.get("input"), output.grad_fn
+    # Of an output in 16 bits they would be rounded with all else that the layer's gradient has the type of.
+    if node is None or node.name() != "NativeGroupNormBackward0" or output.dtype not in (torch.float32, torch.float64):
+        return inputs, None, None
+    saved = [getattr(node, f"_raw_saved_result{i}", None) for i in (1, 2)]
     if any(one is None or getattr(one, "unpack_hook", None) is not None for one in saved):
         return inputs, None, None
-    statistics = [getattr(output.grad_fn, f"_saved_result{i}") for i in (1, 2)]
-    is_exact = all(values.dtype in (torch.float32, torch.float64) for values in statistics)
-    return inputs, *(statistics if is_exact else (None, None))
+    return inputs, *(getattr(node, f"_saved_result{i}") for i in (1, 2))
 
 
 @rule(nn.GroupNorm, leading=_first, inputs=_normalized_with)

@@ -10,7 +10,7 @@ from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, Explicit
-from lightning_graddiv.per_example.norms import dense, differences_of, distances, on_processor, sq_norm_of_each
+from lightning_graddiv.per_example.norms import dense, differences_of, distances, on_processor, sq_norm_of_each, stored
 from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.records import Recorded
 
@@ -20,6 +20,9 @@ of the norm of all parameters."""
 
 _SMALLEST_SAFE_NORM = 1e-22
 """What float32 rounds to zero of the squares in a billion blocks is less than a millionth of it."""
+
+_SAME = 2e-3
+"""How far a sum may be from the gradient that it stands in for, as a share of it: by what 16 bits round."""
 
 _FEW_NUMBERS = 2**14
 """Contributions to a vector of no more numbers wait for the others; more would hold memory for nothing."""
@@ -31,7 +34,7 @@ class Ledger:
     """Enters contributions and gradients as a backward pass gives them, and balances them in the end.
 
     Small parameters, which are many, are compared entry by entry and all at once, where the sum of the contributions
-    costs nothing; the others in random directions.
+    costs nothing; the others in random directions. So are large ones on an accelerator, where all come at the end.
 
     Args:
         parameters: all parameters.
@@ -108,11 +111,11 @@ class Ledger:
 
     def _is_compared_by_entries(self, index: int, contributions: Contributions) -> bool:
         """Tell whether the sum is there for nothing, and so will the gradient be: this is known before it comes by."""
-        is_known = index not in self._received
+        is_ahead = index not in self._received
         if index not in self._directions.small:
-            return is_known and self._gives_all_at_end and _has_small_sum(contributions)
+            return is_ahead and self._gives_all_at_end and _has_small_sum(contributions)
         is_cheap = index in self._directions.vectors or contributions.are_formed
-        return is_cheap and (is_known or self._received.entries(index) is not None)
+        return is_cheap and (is_ahead or self._received.entries(index) is not None)
 
     def receive(self, index: int, gradient: Tensor) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has."""
@@ -137,15 +140,20 @@ class Ledger:
         others = {i: gradient for i, gradient in gradients.items() if i in self._looked_at or i not in self._received}
         self._enter_sums()
         sq_norms = self._read_at_once(others) if all(is_accelerator(g.device) for g in others.values()) else {}
-        large = {i: total for i, total in self._sums.items() if i in others and i not in self._directions.small}
-        keep = self._directions.vectors | (self._sums.keys() - large.keys())
-        self._received.add_all(others, keep, known=large, sq_norms=sq_norms)
+        large = self._sums.keys() - self._directions.small
+        known = {i: self._sums[i] for i in large if self._is_gradient(i, sq_norms.get(i))}
+        keep = self._directions.vectors | (self._sums.keys() - large)
+        self._received.add_all(others, keep, known=known, sq_norms=sq_norms)
+
+    def _is_gradient(self, index: int, sq_norm: float | None) -> bool:
+        """Tell whether a sum of contributions can stand in for the gradient, in a comparison with what is applied."""
+        return sq_norm is not None and self._distances[index] <= _SAME * math.sqrt(sq_norm)
 
     def _read_at_once(self, gradients: Mapping[int, Tensor]) -> dict[int, float]:
         """Return the gradients' squared norms; with the same call enter all other norms that can be taken by now."""
-        real = {index: dense(gradient) for index, gradient in gradients.items() if not gradient.is_complex()}
+        real = {index: stored(gradient) for index, gradient in gradients.items() if not gradient.is_complex()}
         compared, parts = {i: total for i, total in self._sums.items() if i in real}, self._parts
-        differences = differences_of(compared.values(), [real[index] for index in compared])
+        differences = differences_of(compared.values(), [dense(gradients[index]) for index in compared])
         norms = sq_norm_of_each([*differences, *real.values(), *parts.values()]).tolist()
         self._distances = dict(zip(compared, map(math.sqrt, norms[: len(compared)]), strict=True))
         self._totals = dict(zip(parts, norms[len(norms) - len(parts) :], strict=True))
@@ -162,6 +170,12 @@ class Ledger:
         Raises:
             MeasurementError: something is not finite.
         """
+        try:
+            return self._balanced()
+        finally:
+            self.clear()
+
+    def _balanced(self) -> Recorded:
         self._enter_sums()
         parts = {index: values for index, values in self._parts.items() if index not in self._totals}
         self._totals |= dict(zip(parts, sq_norm_of_each(parts.values()).tolist(), strict=True))
@@ -170,7 +184,7 @@ class Ledger:
             self._totals |= dict(zip(self._sq_norms, norms.tolist(), strict=True))
         sq_norms = self._received.sq_norms
         self._compare(sq_norms)
-        recorded = Recorded(
+        return Recorded(
             self._examples,
             self._totals,
             self._sq_norms,
@@ -180,8 +194,6 @@ class Ledger:
             sum(sq_norms.values()) if self._keeps_norms and not self._received.came_in_parts else None,
             self._received.local_sq_norms() if self._keeps_local else None,
         )
-        self.clear()
-        return recorded
 
     def _enter_sums(self) -> None:
         """Add up what waits, all at once."""
@@ -199,15 +211,15 @@ class Ledger:
         # Rounding errors of a gradient that cancels within each example are those of what cancels.
         scales = {index: own.get(index, 0.0) + received.get(index, 0.0) for index in indices}
         total = sum(scales.values())
+        left_range = not math.isfinite(total) and math.isfinite(sum(received.values()))
+        is_float32 = any(norms.dtype == torch.float32 for norms in self._block_norms.values())
+        if is_float32 and (left_range or 0 < total < _SMALLEST_SAFE_NORM):
+            raise MeasurementError(
+                f"On an accelerator squares of gradients are added up in float32, whose range these leave: they are "
+                f"{total:.1e} in all. Scale the loss."
+            )
         if not math.isfinite(total):
             raise MeasurementError("The step's gradients are not finite.")
-        if 0 < total < _SMALLEST_SAFE_NORM and any(
-            norms.dtype == torch.float32 for norms in self._block_norms.values()
-        ):
-            raise MeasurementError(
-                f"The step's gradients are too small to be measured on an accelerator, where squares are added up in "
-                f"float32: theirs are {total:.1e} in all. Scale the loss."
-            )
         relative, of_all = _ROUNDING[self._digits]
         for index, error in self._errors(indices).items():
             if not error <= relative * math.sqrt(scales[index]) + of_all * math.sqrt(total):
@@ -216,7 +228,7 @@ class Ledger:
 
     def _errors(self, indices: Sequence[int]) -> dict[int, float]:
         """Return how far the sums of contributions are from the gradients."""
-        errors = {index: error for index, error in self._distances.items() if index in indices}
+        errors = {index: self._distances[index] for index in indices if index in self._distances}
         kept = {i: self._received.entries(i) for i in indices if i in self._sums and i not in errors}
         entries = {index: gradient for index, gradient in kept.items() if gradient is not None}
         errors |= dict(zip(entries, distances(list(entries.values()), [self._sums[i] for i in entries]), strict=True))
@@ -238,7 +250,7 @@ class Ledger:
 def _has_small_sum(contributions: Contributions) -> bool:
     """Tell whether the sum of large contributions may be kept until the pass is over, for few calls.
 
-    It takes no more memory than the layer's input, which the pass is about to free.
+    It has no more numbers than the layer's input, which the pass usually frees next.
     """
     is_formed = is_accelerator(contributions.device) and contributions.are_formed
     return is_formed and math.prod(contributions.shape) <= contributions.by_example.numel()

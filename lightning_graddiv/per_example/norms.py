@@ -61,9 +61,9 @@ def sq_norms_of_each_row(parts: Sequence[Tensor]) -> list[Tensor]:
 
     Those of one width together: with as many calls as there are widths.
     """
-    of_width: dict[int, list[int]] = defaultdict(list)
+    of_width: dict[tuple[torch.device, int], list[int]] = defaultdict(list)
     for place, part in enumerate(parts):
-        of_width[part.shape[1]].append(place)
+        of_width[part.device, part.shape[1]].append(place)
     found: dict[int, Tensor] = {}
     for places in of_width.values():
         entries = torch.stack([parts[place] for place in places])
@@ -113,9 +113,9 @@ def distances(some: Collection[Tensor], others: Collection[Tensor]) -> list[floa
 def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
     """Return the squared norm of each tensor, shape (len(tensors),), float64, on the processor; small ones at once."""
     listed = list(tensors)
-    if listed and len({tensor.device for tensor in listed}) == 1 and is_accelerator(listed[0].device):
-        of_each = torch._foreach_norm([real_view(tensor) for tensor in listed], 2, torch.float64)
-        return torch.stack(of_each).square_().cpu()
+    kinds = {(tensor.device, tensor.dtype) for tensor in listed}
+    if listed and len({device for device, _ in kinds}) == 1 and is_accelerator(listed[0].device):
+        return _with_one_call(listed) if len(kinds) == 1 else _by_type(listed)
     large = [i for i, tensor in enumerate(listed) if tensor.numel() > _SMALL]
     blocks = [block_norms(listed[i]) for i in large]
     norms = dict(zip(large, sq_norms_of_blocks(blocks, [listed[i] for i in large]), strict=True))
@@ -128,6 +128,20 @@ def sq_norm_of_each(tensors: Collection[Tensor]) -> Tensor:
             return found.cpu()
         norms |= dict(zip(chosen, found.cpu(), strict=True))
     return on_processor([norms[i] for i in range(len(listed))])
+
+
+def _with_one_call(tensors: Sequence[Tensor]) -> Tensor:
+    of_each = torch._foreach_norm([real_view(tensor) for tensor in tensors], 2, torch.float64)
+    return torch.stack(of_each).square_().cpu()
+
+
+def _by_type(tensors: Sequence[Tensor]) -> Tensor:
+    """Take those of each type together: for a mixed list the library calls once for each tensor."""
+    found = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
+    for dtype in {tensor.dtype for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        found[places] = _with_one_call([tensors[place] for place in places])
+    return found
 
 
 def flat(tensors: Collection[Tensor]) -> Tensor:
@@ -178,6 +192,11 @@ def _norms(rows: Tensor) -> Tensor:
 def dense(gradient: Tensor) -> Tensor:
     """Return a sparse gradient, such as an embedding's, with all its zeros; others as they are."""
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def stored(gradient: Tensor) -> Tensor:
+    """Return what a sparse gradient holds beside zeros; others as they are."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def real_view(gradient: Tensor) -> Tensor:

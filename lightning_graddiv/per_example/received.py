@@ -162,7 +162,7 @@ class Received:
             large = dict(zip(self._images, self._projected.square().mean(1), strict=True))
         norms = [sq_norm_of_each(kept.values()), *(on_processor(list(of.values())) for of in (large, self._complex))]
         found = zip([*kept, *large, *self._complex], torch.cat(norms).tolist(), strict=True)
-        return self._sq_norms | dict(found)
+        return dict(found) | self._sq_norms
 
     def local_sq_norms(self) -> dict[int, float]:
         """Return the squared norm of each gradient so far, with what the parameter had before."""

@@ -100,7 +100,8 @@ class Recorded:
     Attributes:
         examples: n.
         totals: squared norms of the contributions, added up over the examples.
-        parts: contributions, or norms of their blocks, whose squares add up to the norms that are not taken yet.
+        known: those of single examples, shape (n,), float64, as far as they are taken.
+        parts: contributions, or norms of their blocks, whose squares add up to the others, shape (n, parts).
         misses: why a parameter is not accounted for.
         received: the gradients of this pass.
         gradient_sq_norm: of this pass, over all parameters; None where one of them came in parts, or not asked for.
@@ -110,7 +111,7 @@ class Recorded:
 
     examples: int
     totals: dict[int, float]
-    _sq_norms: dict[int, Tensor]
+    known: dict[int, Tensor]
     parts: dict[int, Tensor]
     misses: dict[int, str]
     received: Received
@@ -120,7 +121,9 @@ class Recorded:
     @cached_property
     def sq_norms(self) -> dict[int, Tensor]:
         """Squared norms of the contributions, shape (n,), float64."""
-        return self._sq_norms | dict(zip(self.parts, sq_norms_of_each_row(list(self.parts.values())), strict=True))
+        found = self.known | dict(zip(self.parts, sq_norms_of_each_row(list(self.parts.values())), strict=True))
+        self.parts = {}  # they may be views of what is much larger
+        return found
 
     def total(self, parameters: Sequence[int]) -> Tensor:
         """Return the squared norms over these parameters, shape (n,)."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example import devices, layers
+from lightning_graddiv.per_example import devices, layers, ledger
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.layers import Layout
 
@@ -411,6 +411,21 @@ class TestTheOnlyPass:
         assert not net._forward_hooks
 
 
+def test_statistics_of_a_group_norm_are_not_rounded_under_autocast():
+    """On a processor a group norm runs in 16 bits there, and keeps its statistics in 32."""
+    layer, x, b = nn.GroupNorm(2, 8), (20 + torch.randn(N, 8, 30)).bfloat16(), (0.5 + torch.rand(N, 8, 30)).bfloat16()
+
+    def loss(layer):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (layer(x) * b).sum(dtype=torch.float32)
+
+    found = recorded(layer, loss)
+    normalized = F.group_norm(x.double(), 2)
+    assert found.misses == {}
+    for index, gradients in enumerate(((normalized * b.double()).sum(2), b.double().sum(2))):
+        torch.testing.assert_close(found.sq_norms[index], gradients.square().sum(1), rtol=1e-4, atol=0)
+
+
 class TestOnAnAccelerator:
     """All gradients are read with one call when the pass is over; large ones beside the sums of their contributions."""
 
@@ -476,7 +491,7 @@ class TestOnAnAccelerator:
         torch.testing.assert_close(found.received.projections(), given, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(0.5 * given, applied)
 
-    @pytest.mark.parametrize("how", ["twice", "of a weight afterwards"])
+    @pytest.mark.parametrize("how", ["twice", "for nothing before", "of a weight afterwards"])
     def test_several_passes_are_told_from_one(self, how):
         net, x = self.net(), self.batch()
         parameters = list(net.parameters())
@@ -485,14 +500,48 @@ class TestOnAnAccelerator:
             recorder.begin(N)
             loss = net(x).square().sum()
             recorder.await_end_of(loss)
+            if how == "for nothing before":
+                torch.autograd.grad(loss, parameters, retain_graph=True)
             loss.backward(retain_graph=True)
             if how == "twice":
                 loss.backward()
-            else:
+            elif how == "of a weight afterwards":
                 net[0].weight.square().sum().backward()
             found = recorder.finish()
-        is_still = found.received.is_still([parameter.grad for parameter in parameters])
-        assert not is_still or set(found.misses.values()) == {"it takes part in more than one backward pass"}
+            applied = recorder.projected([parameter.grad for parameter in parameters])
+        if how == "of a weight afterwards":  # which no layer sees
+            assert not found.received.is_still([parameter.grad for parameter in parameters])
+            assert float((found.received.projections() - applied).abs().max()) > 1
+        else:
+            assert set(found.misses.values()) == {"it takes part in more than one backward pass"}
+
+    def test_a_sum_that_is_not_quite_the_gradient_does_not_stand_in_for_it(self, monkeypatch):
+        monkeypatch.setattr(ledger, "_SAME", 0.0)
+        net, x = self.net(torch.float32), self.batch(torch.float32)
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum())
+        assert found.misses == {}
+        assert found.received.image(0) is not None
+
+    def test_sparse_complex_and_frozen_ones(self):
+        table, net = nn.Embedding(9, self.WIDTH, sparse=True).double(), self.net()
+        net[0].bias.requires_grad_(False)
+        net[2].weight.requires_grad_(False)
+        whole = nn.ModuleDict({"table": table, "net": net})
+        whole.phase = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+        index = torch.randint(0, 9, (N, self.POSITIONS))
+        names = [name for name, _ in whole.named_parameters()]
+
+        def loss(whole):
+            return (whole["net"](whole["table"](index)) * whole.phase.real).square().sum()
+
+        found = recorded_at_the_end(whole, loss)
+        assert found.misses == {names.index("phase"): "it is complex"}
+        trained = {name for name, parameter in whole.named_parameters() if parameter.requires_grad}
+        assert {names[index] for index in found.totals} == trained - {"phase"}
+        for index, sq_norm in found.received.sq_norms.items():
+            gradient = list(whole.parameters())[index].grad
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            assert sq_norm == pytest.approx(float(dense.abs().square().sum()), rel=1e-12)
 
     def test_uses_that_are_added_up_after_the_pass(self):
         """Their sum is not known when the gradient is read: both are compared in random directions."""
@@ -507,8 +556,11 @@ class TestOnAnAccelerator:
 
     def test_gradients_whose_squares_leave_float32_are_refused(self):
         x, net = self.batch(torch.float32), self.net(torch.float32)
-        with pytest.raises(MeasurementError, match=r"too small to be measured on an accelerator.*Scale the loss"):
+        with pytest.raises(MeasurementError, match=r"On an accelerator.*range these leave.*Scale the loss"):
             recorded_at_the_end(net, lambda net: 1e-16 * net(x).square().mean())
+        net.zero_grad()
+        with pytest.raises(MeasurementError, match=r"range these leave: they are inf"):
+            recorded_at_the_end(net, lambda net: 1e21 * net(x).square().mean())
         net.zero_grad()
         assert recorded_at_the_end(net, lambda net: 1e-8 * net(x).square().mean()).misses == {}
 
