@@ -18,8 +18,8 @@ class Stopwatch:
     A measured step takes longer by more than the time spent in our own code: what comes after that finds cold caches,
     and an accelerator that it waited for has nothing to do. Whole steps are compared, therefore: a measured one costs
     what it takes longer than the middle one of the plain ones before it. An accelerator is behind the clock, and so its
-    plain steps are timed from one measured step to the next, at both of which it is waited for. Before there are plain
-    steps, the time in our own code counts.
+    plain steps are timed together, from one measured step to the next, at both of which it is waited for. Before there
+    are plain steps, the time in our own code counts.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Stopwatch:
         self._resumed: float | None = None
         self._began: tuple[float, float] | None = None
         self._plain: deque[float] = deque(maxlen=_COMPARED)
-        self._span: tuple[float, int] | None = None  # of plain steps on an accelerator: when it began, how many so far
+        self._span: _Span | None = None
 
     def resume(self) -> None:
         """Training goes on."""
@@ -42,36 +42,32 @@ class Stopwatch:
 
     def begin_step(self, device: torch.device, *, is_measured: bool) -> None:
         """An optimizer step begins."""
+        if self._span is not None:
+            self._span.begin_step(self._training())
         if device.type != "cpu" and is_measured:
             _finish(device)
-            self._end_span()
+            if self._span is not None and self._span.steps > 0:
+                self._plain.append(self._span.seconds_of_a_step(self._training()))
+            self._span = None
         self._began = self._total(), self._measuring
 
     def end_step(self, device: torch.device, *, is_measured: bool) -> None:
         """It ends."""
         if self._began is None:
             return
-        if device.type != "cpu" and is_measured:
+        is_ahead = device.type != "cpu"
+        if is_ahead and (is_measured or self._span is None):
             _finish(device)
         (start, measuring), self._began = self._began, None
         seconds = self._total() - start
         if is_measured and self._can_compare(device):
             self._measuring = measuring + seconds - statistics.median(self._plain)
-        if device.type == "cpu":
-            if not is_measured:
-                self._plain.append(seconds)
-        elif is_measured or self._span is None:  # the first step of all is no measure of the others
-            _finish(device)
-            self._span = self._training(), 0
-        else:
-            self._span = self._span[0], self._span[1] + 1
-
-    def _end_span(self) -> None:
-        """Take down what the plain steps since the last measured one took, each."""
-        if self._span is not None and self._span[1] > 0:
-            start, steps = self._span
-            self._plain.append((self._training() - start) / steps)
-        self._span = None
+        if not is_ahead and not is_measured:
+            self._plain.append(seconds)
+        elif is_ahead and self._span is not None:
+            self._span.end_step(self._training())
+        elif is_ahead:  # the first step of all is no measure of the others
+            self._span = _Span(self._training())
 
     def _can_compare(self, device: torch.device) -> bool:
         return len(self._plain) >= (_COMPARED if device.type == "cpu" else 1)
@@ -114,3 +110,32 @@ class Stopwatch:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class _Span:
+    """Plain steps on an accelerator that is not waited for in between.
+
+    What the processor does between two steps, such as drawing a batch, is no part of them, unless the accelerator was
+    still at work: the last such gap, after which it is waited for, shows what share of them that was.
+
+    Args:
+        start: when the accelerator had nothing to do.
+    """
+
+    def __init__(self, start: float) -> None:
+        self.steps = 0
+        self._start = self._ended = self._began = start
+        self._gaps = self._last_gap = 0.0
+
+    def begin_step(self, now: float) -> None:
+        self._began, self._last_gap = now, now - self._ended
+        self._gaps += self._last_gap
+
+    def end_step(self, now: float) -> None:
+        self._ended, self.steps = now, self.steps + 1
+
+    def seconds_of_a_step(self, end: float) -> float:
+        """Return what each took, as a step begins that is not one of them, and the accelerator has been waited for."""
+        waited = end - self._began
+        idle = max(0.0, 1 - waited / self._last_gap) if self._last_gap > 0 else 0.0
+        return (end - self._start - idle * self._gaps) / self.steps

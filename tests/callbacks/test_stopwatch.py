@@ -113,3 +113,35 @@ def test_a_step_with_a_pause_in_it_is_not_compared(monkeypatch):
     watch.resume()
     watch.end_step(torch.device("cpu"), is_measured=True)
     assert watch.overhead == 0
+
+
+@pytest.mark.parametrize(
+    ("behind", "plain"), [(0, (14 - 6) / 2), (1, (15 - 3) / 2), (5, 19 / 2)], ids=["idle", "half", "busy"]
+)
+def test_between_steps_an_accelerator_is_idle_or_still_at_work(behind, plain, monkeypatch):
+    """Batches take two seconds to draw, while an accelerator that is ``behind`` goes on with the step before."""
+    now, waits = [0.0], [False]
+
+    def finish(_):
+        now[0] += behind if waits[0] else 0
+
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stopwatch, "_finish", finish)
+    watch, device = stopwatch.Stopwatch(), torch.device("meta")
+    watch.resume()
+    steps(now, watch, [4], 4, "meta")
+    for _ in range(2):
+        now[0] += 2
+        watch.begin_step(device, is_measured=False)
+        now[0] += 4
+        watch.end_step(device, is_measured=False)
+    now[0], waits[0] = now[0] + 2, True
+    before, at = watch.overhead * watch._training(), now[0]
+    watch.begin_step(device, is_measured=True)
+    assert now[0] == at + behind
+    waits[0] = False
+    now[0] += 20
+    watch.end_step(device, is_measured=True)
+    # From one measured step to the next it is 14 seconds and what the accelerator is behind, for two steps; of the three
+    # gaps of two seconds all, half or none were idle.
+    assert watch.overhead * watch._training() - before == pytest.approx(20 - plain)
