@@ -142,6 +142,6 @@ def test_between_steps_an_accelerator_is_idle_or_still_at_work(behind, plain, mo
     waits[0] = False
     now[0] += 20
     watch.end_step(device, is_measured=True)
-    # From one measured step to the next it is 14 seconds and what the accelerator is behind, for two steps; of the three
+    # From one measured step to the next it is 14 seconds and what the accelerator is behind, for two steps; of three
     # gaps of two seconds all, half or none were idle.
     assert watch.overhead * watch._training() - before == pytest.approx(20 - plain)
