@@ -31,6 +31,7 @@ def in_training(models: dict[str, Any]) -> str:
 
 
 def engines(models: dict[str, Any]) -> str:
+    models = {name: found for name, found in models.items() if "engines" in found}
     names = list(dict.fromkeys(name for found in models.values() for name in found["engines"]))
     lines = ["| a step with both norms, over a plain step | " + " | ".join(models) + " |"]
     lines.append("|---" * (1 + len(models)) + "|")

@@ -244,14 +244,16 @@ def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, 
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
     pads, original = [], convolutions.F.pad
     monkeypatch.setattr(convolutions.F, "pad", lambda *args: (pads.append(args), original(*args))[1])
-    monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 1)
     monkeypatch.setattr(Convolved, "takes_steps", False)
     by_products = not many and layer.groups == 1
-    assert found.are_formed is not by_products
-    monkeypatch.setattr(Patches, "_outer" if found.are_formed else "explicit", refuse)
-    for one, other in zip(found.measure(probe), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    assert len(pads) <= 1
+    monkeypatch.setattr(Patches, "explicit" if by_products else "_outer", refuse)
+    for at_a_time in (1, N) if by_products else (1,):
+        monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 8 * at_a_time * found._patches().patches[0].numel())
+        pads.clear()
+        assert found.are_formed is not by_products
+        for one, other in zip(found.measure(probe), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        assert len(pads) <= 1
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])

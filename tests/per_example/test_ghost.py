@@ -460,6 +460,7 @@ class TestOnAnAccelerator:
         for index, sq_norms in by_hooks.sq_norms.items():
             torch.testing.assert_close(found.sq_norms[index], sq_norms, **close)
             assert found.totals[index] == pytest.approx(float(sq_norms.sum()), rel=close["rtol"])
+        assert found.parts == {}  # once single examples have been asked for
         assert found.received.sq_norms == pytest.approx(by_hooks.received.sq_norms, rel=close["rtol"])
         scale = sum(by_hooks.received.sq_norms.values()) ** 0.5
         rounding = 1e-10 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 1e-2
