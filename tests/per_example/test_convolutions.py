@@ -1,11 +1,14 @@
 """Contributions to the weights of convolutions, on every way to their norms, against autograd on each example alone."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_graddiv.per_example import convolutions, devices
-from lightning_graddiv.per_example.convolutions import Convolved, Patches
+from lightning_graddiv.per_example import convolved, devices
+from lightning_graddiv.per_example.convolved import Convolved
+from lightning_graddiv.per_example.convolved_by_products import ConvolvedByProducts, Patches
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Total
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
@@ -58,6 +61,10 @@ def take(monkeypatch, *, pixels):
     monkeypatch.setattr(Convolved, "takes_pixels", pixels)
 
 
+def as_on_an_accelerator(found):
+    return ConvolvedByProducts(**{field.name: getattr(found, field.name) for field in fields(found)})
+
+
 def refuse(*_):
     pytest.fail("this way was not to be taken")
 
@@ -80,9 +87,10 @@ def assert_same(found, expected, not_taken, monkeypatch):
         assert len(found[name]) == len(gradients)
         torch.testing.assert_close(found[name].explicit(), gradients, rtol=1e-10, atol=1e-10)
         if isinstance(found[name], Convolved):  # what a GPU takes, and what shares of the examples it takes it of
-            torch.testing.assert_close(found[name]._patches().explicit(), gradients, rtol=1e-10, atol=1e-10)
+            by_products = as_on_an_accelerator(found[name])
+            torch.testing.assert_close(by_products._patches().explicit(), gradients, rtol=1e-10, atol=1e-10)
             if found[name].inputs.shape[1] * found[name].groups == 1 and set(found[name].stride) == {1}:
-                torch.testing.assert_close(found[name]._by_steps(), gradients, rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(by_products._by_steps(), gradients, rtol=1e-10, atol=1e-10)
         part = found[name].at(slice(1, 3))
         torch.testing.assert_close(part.explicit(), gradients[1:3], rtol=1e-10, atol=1e-10)
     monkeypatch.setattr(Convolved, not_taken, refuse)
@@ -163,6 +171,14 @@ def test_norms_that_pixels_cancel_are_taken_from_the_gradient_itself(monkeypatch
     torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)
 
 
+def measured(contributions, probe):
+    return contributions.measure(probe)
+
+
+def sketched(contributions, probe):
+    return contributions.sketches(probe)
+
+
 def in_a_total(contributions, probe):
     return Total((contributions,)).measure(probe)
 
@@ -175,7 +191,7 @@ def test_few_examples_are_taken_at_a_time(monkeypatch):
     together, _ = found.measure(probe)
     sizes, original = [], Convolved._norms_by_pixels
     monkeypatch.setattr(Convolved, "_norms_by_pixels", lambda self: (sizes.append(len(self)), original(self))[1])
-    monkeypatch.setattr(convolutions, "chunk_bytes", lambda device: 3 * 12 * 36**2)
+    monkeypatch.setattr(convolved, "chunk_bytes", lambda device: 3 * 12 * 36**2)
     apart, _ = found.measure(probe)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(apart, together)
@@ -183,7 +199,7 @@ def test_few_examples_are_taken_at_a_time(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("ask", [Convolved.measure, Convolved.sketches, in_a_total], ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("ask", [measured, sketched, in_a_total], ids=lambda ask: ask.__name__)
 def test_patches_are_taken_of_few_examples_at_a_time(ask, rows, monkeypatch):
     layer, inputs = nn.Conv2d(2, 3, 3).double(), torch.randn(8 * rows, 2, 6, 6, dtype=torch.float64)
     layout = Layout.FIRST if rows == 1 else Layout.FOLDED
@@ -195,7 +211,7 @@ def test_patches_are_taken_of_few_examples_at_a_time(ask, rows, monkeypatch):
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
     monkeypatch.setattr(torch, "bmm", lambda a, b, out: (sizes.append(len(a) // rows), multiply(a, b, out=out))[1])
     monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 8 * 3 * rows * 2 * 9 * 16)
-    by_patches = ask(found, probe)
+    by_patches = ask(as_on_an_accelerator(found), probe)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(by_patches, by_kernel)
 
@@ -223,8 +239,9 @@ def test_steps_along_the_kernel_are_taken_instead_of_copies_of_many_patches(
     expected = found.measure(probe)
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
     monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 4 * 8 * (16 * 18 * 18 + 576))
+    found = as_on_an_accelerator(found)
     assert found.takes_steps is steps
-    monkeypatch.setattr(*((Patches, "explicit") if steps else (Convolved, "_by_steps")), refuse)
+    monkeypatch.setattr(*((Patches, "explicit") if steps else (ConvolvedByProducts, "_by_steps")), refuse)
     for one, other in zip(found.measure(probe), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -242,9 +259,10 @@ def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, 
     take(monkeypatch, pixels=not many)
     expected = found.measure(probe)
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
-    pads, original = [], convolutions.F.pad
-    monkeypatch.setattr(convolutions.F, "pad", lambda *args: (pads.append(args), original(*args))[1])
-    monkeypatch.setattr(Convolved, "takes_steps", False)
+    pads, original = [], convolved.F.pad
+    monkeypatch.setattr(convolved.F, "pad", lambda *args: (pads.append(args), original(*args))[1])
+    monkeypatch.setattr(ConvolvedByProducts, "takes_steps", False)
+    found = as_on_an_accelerator(found)
     by_products = not many and layer.groups == 1
     monkeypatch.setattr(Patches, "explicit" if by_products else "_outer", refuse)
     for at_a_time in (1, N) if by_products else (1,):
@@ -254,6 +272,15 @@ def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, 
         for one, other in zip(found.measure(probe), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
         assert len(pads) <= 1
+
+
+@pytest.mark.parametrize("kind", [Convolved, ConvolvedByProducts], ids=lambda kind: kind.__name__)
+def test_an_accelerator_multiplies_matrices(kind, monkeypatch):
+    if kind is ConvolvedByProducts:
+        monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
+    layer, inputs = convolution(2, True)
+    found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, N))["weight"]
+    assert type(found) is type(found.at(slice(1, 3))) is kind
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
