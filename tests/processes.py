@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,3 +49,5 @@ def record(runs):
     rank, folder = rank_and_folder()
     for run in runs:
         torch.save(run(rank), folder / f"{run.__name__}.{rank}.pt")
+    if distributed.is_initialized():  # its threads, left to the interpreter's end, once ended a process with an error
+        distributed.destroy_process_group()
