@@ -148,6 +148,7 @@ class LearningRateScale:
             return None
 
         def closure_then_scale() -> Any:
+            """Let the closure see the rates of the schedule, and the step those that are scaled."""
             self._restore()
             loss = closure()
             self._scale(optimizer)

@@ -75,6 +75,7 @@ class TrainLoaderWatch:
         set_up = trainer.fit_loop.setup_data
 
         def watched() -> None:
+            """Set up the loop's loaders, and see each as it is processed."""
             before = trainer.fit_loop._combined_loader
             process = trainer.strategy.process_dataloader
             order = count()

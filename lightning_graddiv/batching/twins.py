@@ -45,6 +45,7 @@ class _Pickler(pickle.Pickler):
         self.kept: list[Any] = []
 
     def persistent_id(self, value: Any) -> int | None:
+        """Return the place of what is shared and not copied; None of what is copied."""
         if not isinstance(value, _SHARED) and id(value) not in self._shared:
             return None
         self.kept.append(value)
@@ -57,6 +58,7 @@ class _Unpickler(pickle.Unpickler):
         self._kept = kept
 
     def persistent_load(self, index: int) -> Any:
+        """Return what is shared."""
         return self._kept[index]
 
 

@@ -139,6 +139,7 @@ class DropConnect(Mechanism):
         """Return a hook that masks the gradient of one parameter, as a backward pass of training gives it."""
 
         def hook(gradient: Tensor) -> None:
+            """Take the gradient down, masked."""
             if not self._is_in_backward:  # torch.autograd.grad calls it too
                 return
             require_dense(gradient, type(self).__name__, self._parameters[index][0])

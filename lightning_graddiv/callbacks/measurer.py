@@ -140,6 +140,7 @@ class StepMeasurer:
         self._eager.start()
 
         def look(args: tuple[Any, ...]) -> None:
+            """Get ready for the step, which is about to be given these."""
             self._tap = None
             with self._stopwatch.measuring(trainer.strategy.root_device):
                 self._on_step(trainer, module, args, batch_idx)

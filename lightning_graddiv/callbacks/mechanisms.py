@@ -182,12 +182,14 @@ def _before_update(optimizer: Optimizer, act: Callable[[Optimizer], None]) -> Ca
     """
 
     def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Act now where the gradients are there, or once the step's closure has made them."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
         if closure is None:
             act(optimizer)
             return None
 
         def closure_then_act() -> Any:
+            """Act between the closure and the step."""
             loss = closure()
             act(optimizer)
             return loss

@@ -192,6 +192,7 @@ class DifferentialDiversityMonitor(Callback):
             return
 
         def look(args: tuple[Any, ...]) -> None:
+            """Measure what the step is about to be given."""
             self._tap = None
             with self._stopwatch.measuring(trainer.strategy.root_device):
                 self._measure(trainer, pl_module, args)

@@ -128,10 +128,12 @@ class _Span:
         self._gaps = self._last_gap = 0.0
 
     def begin_step(self, now: float) -> None:
-        self._began, self._last_gap = now, now - self._ended
+        """A step begins; the one before may not have ended, if a hook skipped it."""
+        self._last_gap, self._began = now - max(self._ended, self._began), now
         self._gaps += self._last_gap
 
     def end_step(self, now: float) -> None:
+        """It ends."""
         self._ended, self.steps = now, self.steps + 1
 
     def seconds_of_a_step(self, end: float) -> float:

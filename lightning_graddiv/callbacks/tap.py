@@ -22,6 +22,7 @@ class TrainingStepTap:
         step = strategy.training_step
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
+            """Call the function once, and then the step that it stands before."""
             is_armed = self._is_armed
             self.remove()
             if is_armed:

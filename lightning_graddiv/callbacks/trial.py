@@ -116,6 +116,7 @@ def _loss_of_batch(trainer: Any, step_args: tuple[Any, ...]) -> LossFunction:
     """Return the loss of a batch on its device, as the trainer computes it but for the other processes."""
 
     def loss(shadow: nn.Module, batch: Any) -> Tensor:
+        """Run ``training_step`` on a copy of the module."""
         _act_alone(shadow, trainer.world_size)
         with trainer.precision_plugin.train_step_context():
             return shadow.training_step(batch, *step_args)  # type: ignore[operator,no-any-return]
@@ -146,6 +147,7 @@ def _act_alone(shadow: nn.Module, world_size: int) -> None:
     """Let a shadow do without the other processes what it would do with them, on as much memory."""
 
     def gather(data: Any, *_: Any, **__: Any) -> Any:
+        """Return as much as all processes would send."""
         return data if world_size == 1 else apply_to_collection(data, Tensor, lambda t: torch.stack([t] * world_size))
 
     for submodule in shadow.modules():
@@ -159,6 +161,7 @@ class _OwnBatchNorm(nn.SyncBatchNorm):
     """Normalises by the statistics of this process."""
 
     def forward(self, input: Tensor) -> Tensor:  # as the base class names it
+        """Normalise without telling the other processes."""
         return nn.modules.batchnorm._BatchNorm.forward(self, input)
 
 

@@ -17,6 +17,7 @@ def tensor_leaves(batch: Any) -> list[Tensor]:
     leaves: list[Tensor] = []
 
     def collect(leaf: Tensor) -> Tensor:
+        """Take a leaf down, and leave it as it is."""
         leaves.append(leaf)
         return leaf
 
@@ -71,6 +72,7 @@ def select(batch: Any, examples: Sequence[int], total: int) -> Any:
     kinds = (Tensor, np.ndarray, list, tuple)
 
     def pick(part: Any) -> Any:
+        """Return the examples' share of a part of the batch."""
         if isinstance(part, Tensor):
             rows = torch.as_tensor(examples, device=part.device)
             return part.index_select(0, rows) if has_row_per_example(part, total) else part

@@ -172,10 +172,12 @@ class _ExampleRows:
         self.in_dims = [0 if mapped else None for mapped in self._mapped]
 
     def batch_of_one(self, leaves: Sequence[Tensor]) -> Any:
+        """Return a batch of one example from its leaves, which have no dimension of examples."""
         rows = [leaf.unsqueeze(0) if mapped else leaf for leaf, mapped in zip(leaves, self._mapped, strict=True)]
         return replace_leaves(self._batch, rows)
 
     def chunks(self, size: int) -> Iterator[list[Tensor]]:
+        """Yield the leaves of at most so many examples at a time."""
         for start in range(0, self._total, size):
             yield [
                 leaf[start : start + size] if mapped else leaf

@@ -189,6 +189,7 @@ class GhostRecorder:
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            """Record a call. A function, which copies of the module share: a partial would be copied, and all it holds."""
             self._guarded(self._on_call, layer, kind, held, args, kwargs, output)
 
         # The first hook sees what the layer itself put out; those of the user may replace it.
@@ -272,10 +273,7 @@ class GhostRecorder:
             self._calls[index] += 1
         use = Use(layer, kind, held, ordinals, inputs, outputs[0] if kind.keeps_output else None)
         self.uses.append(use)
-
-        def on_gradients(gradients: Sequence[Tensor | None]) -> None:
-            self._guarded(self._on_gradients, use, gradients)
-
+        on_gradients = partial(self._guarded, self._on_gradients, use)
         if len(outputs) == 1:
             self._passing.append(outputs[0].register_hook(lambda gradient: on_gradients((gradient,))))
         else:  # called once, when all gradients are there that there will be

@@ -160,6 +160,7 @@ def rule(
     """Register a rule for exactly these types."""
 
     def register(function: Rule) -> Rule:
+        """Enter the decorated rule."""
         LAYER_TYPES.update(
             dict.fromkeys(types, LayerType(function, leading, accepts, parameters, inputs, keeps_output))
         )

@@ -110,6 +110,7 @@ class StepLoss:
         )
 
         def run(batch: Any) -> None:
+            """Differentiate a batch's loss, for its gradients alone."""
             for alias in aliases:
                 alias.grad = None
             _scalar(loss_of(stand_in, batch)).backward()

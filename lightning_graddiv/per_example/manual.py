@@ -34,6 +34,7 @@ def loss_of_manual_step(shadow: Any, args: tuple[Any, ...]) -> Tensor:
     losses: list[Tensor] = []
 
     def capture(loss: Tensor, *_: Any, **__: Any) -> None:
+        """Stand in for ``manual_backward``: the step ends where it has a loss."""
         losses.append(loss)
         raise _Captured
 

@@ -145,3 +145,24 @@ def test_between_steps_an_accelerator_is_idle_or_still_at_work(behind, plain, mo
     # From one measured step to the next it is 14 seconds and what the accelerator is behind, for two steps; of three
     # gaps of two seconds all, half or none were idle.
     assert watch.overhead * watch._training() - before == pytest.approx(20 - plain)
+
+
+def test_a_step_that_a_hook_skipped_is_no_gap_of_its_own(monkeypatch):
+    """Lightning then ends no batch: from the step's begin to the next one it is a gap, once."""
+    now = [0.0]
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+    watch, device = stopwatch.Stopwatch(), torch.device("meta")
+    watch.resume()
+    steps(now, watch, [4], 4, "meta")
+    for is_skipped in (False, True, False):
+        now[0] += 2
+        watch.begin_step(device, is_measured=False)
+        if not is_skipped:
+            now[0] += 4
+            watch.end_step(device, is_measured=False)
+    now[0] += 2
+    before = watch.overhead * watch._training()
+    watch.begin_step(device, is_measured=True)
+    now[0] += 20
+    watch.end_step(device, is_measured=True)
+    assert watch.overhead * watch._training() - before == pytest.approx(20 - 4)
