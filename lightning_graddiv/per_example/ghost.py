@@ -189,7 +189,7 @@ class GhostRecorder:
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            """Record a call. A function, which copies of the module share: a partial would be copied, and all it holds."""
+            """Record a call. Copies of the module share a function; a partial would be copied with all it holds."""
             self._guarded(self._on_call, layer, kind, held, args, kwargs, output)
 
         # The first hook sees what the layer itself put out; those of the user may replace it.
