@@ -1,6 +1,7 @@
 """Random directions in the space of a module's parameters, in which gradients are compared without keeping them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -29,6 +30,32 @@ _KEPT_BYTES = 16 * 2**20
 _KEPT_POOLS = 2
 
 
+@dataclass(frozen=True)
+class Spaces:
+    """What is known of parameters' directions before these are drawn.
+
+    Attributes:
+        small: the parameters that can be handled together, by index.
+        vectors: those of them that have one dimension.
+        places: where each parameter's numbers begin, where those for its columns do, and where they end.
+    """
+
+    small: frozenset[int]
+    vectors: frozenset[int]
+    places: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> "Spaces":
+        """Look at the parameters."""
+        places, end = [], 0
+        for parameter in parameters:
+            start, rows = end, parameter.shape[0] if parameter.ndim > 0 else 1
+            end = start + rows + parameter.numel() // max(1, rows)
+            places.append((start, start + rows, end))
+        small = frozenset(i for i, parameter in enumerate(parameters) if _is_small(parameter, parameters[0]))
+        return cls(small, frozenset(i for i in small if parameters[i].ndim == 1), places)
+
+
 class Directions:
     """A few directions for each parameter, drawn at once. The same seed gives the same ones on every process.
 
@@ -37,6 +64,7 @@ class Directions:
         seed: of the directions; another in every measurement.
         count: p, of directions.
         share_right: whether those of a parameter share their right side; see :class:`.Probe`.
+        spaces: of the parameters, where these have been looked at before.
 
     Attributes:
         small: the parameters that can be handled together, by index.
@@ -44,14 +72,20 @@ class Directions:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], seed: int, count: int = DIRECTIONS, *, share_right: bool = True
+        self,
+        parameters: Sequence[Tensor],
+        seed: int,
+        count: int = DIRECTIONS,
+        *,
+        share_right: bool = True,
+        spaces: Spaces | None = None,
     ) -> None:
-        self._parameters = list(parameters)
+        self._parameters = parameters
         self._seed = seed
         self._count = count
         self._rights = 1 if share_right else count
-        self.small = frozenset(i for i, p in enumerate(self._parameters) if _is_small(p, self._parameters[0]))
-        self.vectors = frozenset(i for i in self.small if self._parameters[i].ndim == 1)
+        spaces = Spaces.of(parameters) if spaces is None else spaces
+        self.small, self.vectors, self._places = spaces.small, spaces.vectors, spaces.places
         self._probes: dict[int, Probe] = {}
 
     def probe(self, index: int) -> Probe:
@@ -108,16 +142,6 @@ class Directions:
             return torch.stack([of_one @ image for of_one, image in zip(left, images.values(), strict=True)]).double()
         products = torch.cat(left, 1).T.double() * flat(images.values()).double()[:, None]
         return sums_of_segments(products, [len(image) for image in images.values()])
-
-    @cached_property
-    def _places(self) -> list[tuple[int, int, int]]:
-        """Where each parameter's numbers begin, where those for its columns do, and where they end."""
-        places, end = [], 0
-        for parameter in self._parameters:
-            start, rows = end, parameter.shape[0] if parameter.ndim > 0 else 1
-            end = start + rows + parameter.numel() // max(1, rows)
-            places.append((start, start + rows, end))
-        return places
 
     @cached_property
     def _numbers(self) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
-from lightning_graddiv.per_example.directions import Directions
+from lightning_graddiv.per_example.directions import Directions, Spaces
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
@@ -67,6 +67,7 @@ class GhostRecorder:
         assumed: whether a leading dimension of the right size is taken for the examples, without proof.
         awaits_loss: whether the parameters are left alone until :meth:`await_end_of`.
         seed: of the random directions that a gradient is compared in; the same on every process.
+        spaces: of the parameters, where these have been looked at before.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class GhostRecorder:
         assumed: bool = False,
         awaits_loss: bool = False,
         seed: int = 0,
+        spaces: Spaces | None = None,
     ) -> None:
         self.uses: list[Use] = []
         self.seconds = 0.0
@@ -91,7 +93,7 @@ class GhostRecorder:
         self._measured = frozenset(range(len(self._parameters))) if measured is None else measured
         self._assumed = assumed
         self._awaits_loss = awaits_loss
-        self._directions = Directions(self._parameters, seed)
+        self._directions = Directions(self._parameters, seed, spaces=spaces)
         self._ledger = Ledger(
             self._parameters,
             self._directions,
@@ -131,7 +133,8 @@ class GhostRecorder:
             module: what runs.
             stand_ins: the tensors that stand in for the parameters in ``module``. None: the parameters themselves.
         """
-        self.detach()  # from what ran before, if anything did
+        if self._handles:
+            self.detach()  # from what ran before
         _ATTACHED.add(self)
         tensors = self._parameters if stand_ins is None else stand_ins
         indices = {id(tensor): index for index, tensor in enumerate(tensors) if index in self._measured}
@@ -301,11 +304,12 @@ class GhostRecorder:
     def _measure(self, uses: Sequence[Use]) -> None:
         contributions: dict[int, list[Contributions]] = defaultdict(list)
         for use in uses:
+            leading = use.leading
             for name, index in use.parameters.items():
-                layout = self._layout(index, use.ordinals[name], use.leading)
+                layout = self._layout(index, use.ordinals[name], leading)
                 if layout is None:
                     self._ledger.misses.setdefault(
-                        index, f"the leading dimensions {use.leading} of its layer's input do not hold the examples"
+                        index, f"the leading dimensions {leading} of its layer's input do not hold the examples"
                     )
                     continue
                 found = use.contributions(layout, self._examples)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.directions import Spaces
 from lightning_graddiv.per_example.fingerprint import KnownGraphs, modes_of
 from lightning_graddiv.per_example.in_band import GhostStep
 from lightning_graddiv.per_example.layers import layer_type, mixes_examples
@@ -43,6 +44,7 @@ class GhostEngine:
         self.measured = 0
         self._is_trusted = False
         self._known: list[int] = []
+        self._spaces: Spaces | None = None
         self._modes: Hashable = None
         self._graphs = KnownGraphs()
         self._is_just_checked = False
@@ -107,7 +109,7 @@ class GhostEngine:
         for index, is_proven in enumerate(mask):
             if not is_proven:
                 self.misses.setdefault(index, "another process cannot measure it so")
-        self._known = [id(parameter) for parameter in parameters]
+        self._known, self._spaces = [id(parameter) for parameter in parameters], Spaces.of(parameters)
         self._is_trusted = True
 
     def step(
@@ -132,6 +134,7 @@ class GhostEngine:
             noise_seed=noise_seed,
             graphs=self._graphs,
             is_just_checked=is_just_checked,
+            spaces=self._spaces if self._known == [id(parameter) for parameter in parameters] else None,
         )
 
     def leave_out_the_rest(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_graddiv.errors import MeasurementError
+from lightning_graddiv.per_example.directions import Spaces
 from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.fingerprint import KnownGraphs
 from lightning_graddiv.per_example.ghost import GhostRecorder
@@ -120,6 +121,7 @@ class GhostStep(InBandStep):
         noise_seed: of the rest's noise, another on every process.
         graphs: of the steps that were checked.
         is_just_checked: whether this step's first micro-batch was.
+        spaces: of the parameters, where these have been looked at before.
 
     Attributes:
         covered: see above.
@@ -141,6 +143,7 @@ class GhostStep(InBandStep):
         noise_seed: int,
         graphs: KnownGraphs,
         is_just_checked: bool,
+        spaces: Spaces | None = None,
     ) -> None:
         recorder = GhostRecorder(
             parameters,
@@ -152,6 +155,7 @@ class GhostStep(InBandStep):
             assumed=plan.assumed,
             awaits_loss=holds_all,
             seed=seed,
+            spaces=spaces,
         )
         super().__init__(parameters, recorder)
         self._graphs = graphs

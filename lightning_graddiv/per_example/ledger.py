@@ -138,12 +138,14 @@ class Ledger:
         """Enter all gradients that a pass gave, once it is over; those that :meth:`receive` was given are known."""
         self.misses |= {index: "it is complex" for index, gradient in gradients.items() if gradient.is_complex()}
         others = {i: gradient for i, gradient in gradients.items() if i in self._looked_at or i not in self._received}
+        for index in self._looked_at - gradients.keys():  # it was on its way to somebody else
+            self._received.look_again(index)
         self._enter_sums()
-        sq_norms = self._read_at_once(others) if all(is_accelerator(g.device) for g in others.values()) else {}
+        sq_norms = self._read_at_once(others)
         large = self._sums.keys() - self._directions.small
         known = {i: self._sums[i] for i in large if self._is_gradient(i, sq_norms.get(i))}
         keep = self._directions.vectors | (self._sums.keys() - large)
-        self._received.add_all(others, keep, known=known, sq_norms=sq_norms)
+        self._received.add_all(others, sq_norms, keep, known)
 
     def _is_gradient(self, index: int, sq_norm: float | None) -> bool:
         """Tell whether a sum of contributions can stand in for the gradient, in a comparison with what is applied."""
@@ -154,7 +156,9 @@ class Ledger:
         real = {index: stored(gradient) for index, gradient in gradients.items() if not gradient.is_complex()}
         compared, parts = {i: total for i, total in self._sums.items() if i in real}, self._parts
         differences = differences_of(compared.values(), [dense(gradients[index]) for index in compared])
-        norms = sq_norm_of_each([*differences, *real.values(), *parts.values()]).tolist()
+        blocks = {len(compared) + i: self._received.blocks.get(index) for i, index in enumerate(real)}
+        known = {place: of_one for place, of_one in blocks.items() if of_one is not None}
+        norms = sq_norm_of_each([*differences, *real.values(), *parts.values()], known).tolist()
         self._distances = dict(zip(compared, map(math.sqrt, norms[: len(compared)]), strict=True))
         self._totals = dict(zip(parts, norms[len(norms) - len(parts) :], strict=True))
         return dict(zip(real, norms[len(compared) : len(norms) - len(parts)], strict=True))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.norms import (
     block_norms,
@@ -16,7 +15,6 @@ from lightning_graddiv.per_example.norms import (
     flat,
     on_processor,
     sq_norm_of_each,
-    sq_norms_of_blocks,
     sum_of_squares,
 )
 
@@ -37,6 +35,7 @@ class Received:
 
     Attributes:
         came_in_parts: whether a parameter received more than one, as from a re-entrant checkpoint.
+        blocks: norms of the blocks of those that were looked at.
     """
 
     def __init__(
@@ -53,13 +52,13 @@ class Received:
         self._complex: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._sq_norms: dict[int, float] = {}
-        self._block_norms: dict[int, Tensor] = {}
+        self.blocks: dict[int, Tensor] = {}
         self._marks: dict[int, tuple[int, int]] = {}
         self._local: dict[int, Tensor] = {}
         self._local_kept: dict[int, Tensor] = {}
 
     def __contains__(self, index: int) -> bool:
-        return any(index in found for found in (self._kept, self._images, self._known, self._complex))
+        return index in self._kept or index in self._images or index in self._known or index in self._complex
 
     def add(self, index: int, gradient: Tensor, *, keep: bool) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has.
@@ -90,17 +89,17 @@ class Received:
     def add_all(
         self,
         gradients: Mapping[int, Tensor],
+        sq_norms: Mapping[int, float],
         keep: Collection[int],
         known: Mapping[int, Tensor] = _NONE,
-        sq_norms: Mapping[int, float] = _NONE,
     ) -> None:
         """Enter gradients that a pass gave, by index, once it is over: with few calls.
 
         Args:
             gradients: dense or sparse, real or complex; none that :meth:`add` was given.
+            sq_norms: of the real ones.
             keep: of which parameters all entries will be asked for; what is kept is a copy.
             known: what some are, up to rounding: these need not be read for their projections.
-            sq_norms: of those whose norms have been taken.
         """
         self._sq_norms |= sq_norms
         kept = {index: gradient for index, gradient in gradients.items() if index in keep}
@@ -114,30 +113,21 @@ class Received:
             elif index in known:
                 self._mark(index, gradient)
             elif index not in keep and index not in self._images:
-                self.look_at(index, gradient)
-        for index in self._block_norms.keys() - gradients.keys():  # it was on its way to somebody else
-            self.look_again(index)
-        looked_at = [gradients[index] for index in self._block_norms]
-        norms = sq_norms_of_blocks(list(self._block_norms.values()), looked_at)
-        self._norms |= dict(zip(self._block_norms, norms, strict=True))
-        unread = (
-            {index for index in [*self._images, *known] if index in gradients} - self._norms.keys() - sq_norms.keys()
-        )
-        norms = sq_norm_of_each([dense(gradients[index]) for index in unread])
-        self._norms |= dict(zip(unread, norms, strict=True))
+                self._take_image(index, gradient)
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
-        whole = dense(gradient)
-        if not is_accelerator(whole.device):  # which reads them all with one call
-            self._block_norms[index] = block_norms(whole)
-        self._images[index] = self._directions.probe(index).image_of(whole)
-        self._mark(index, gradient)
+        self.blocks[index] = block_norms(dense(gradient))
+        self._take_image(index, gradient)
 
     def look_again(self, index: int) -> None:
         """Forget a part of a gradient, as a re-entrant checkpoint gives it: :meth:`add_all` will look at the whole."""
-        for looked_at in (self._block_norms, self._images, self._marks):
+        for looked_at in (self.blocks, self._images, self._marks):
             looked_at.pop(index, None)
+
+    def _take_image(self, index: int, gradient: Tensor) -> None:
+        self._images[index] = self._directions.probe(index).image_of(dense(gradient))
+        self._mark(index, gradient)
 
     def _mark(self, index: int, gradient: Tensor) -> None:
         """Remember where a gradient is; a sparse one is not recognised."""
@@ -156,6 +146,8 @@ class Received:
     @cached_property
     def sq_norms(self) -> dict[int, float]:
         """Each gradient's squared norm; to be asked for when all have been entered."""
+        if not self._complex and self._sq_norms.keys() == set(self.indices):  # all were read at once
+            return self._sq_norms
         kept = {index: entries for index, entries in self._kept.items() if index not in self._sq_norms}
         large = {index: norm for index, norm in self._norms.items() if index not in self._sq_norms}
         if not self._keeps_norms:  # a projection's square is about that of the norm

@@ -12,7 +12,6 @@ from lightning_graddiv.per_example.norms import (
     block_norms_of_rows,
     distances,
     sq_norm_of_each,
-    sq_norms_of_blocks,
     sq_norms_of_each_row,
     sq_norms_of_rows,
     sum_of_squares,
@@ -74,13 +73,13 @@ TENSORS = {
 def test_norms_of_several_tensors_are_those_of_float64(name):
     tensors = TENSORS[name]
     torch.testing.assert_close(sq_norm_of_each(tensors), wanted(tensors), rtol=1e-6, atol=0.0)
-    by_blocks = sq_norms_of_blocks([block_norms(tensor) for tensor in tensors], tensors)
+    by_blocks = sq_norm_of_each(tensors, {i: block_norms(tensor) for i, tensor in enumerate(tensors)})
     assert by_blocks.dtype == torch.float64
     torch.testing.assert_close(by_blocks, wanted(tensors), rtol=1e-6, atol=0.0)
 
 
 def test_no_tensors_have_no_norms():
-    assert sq_norms_of_blocks([], []).shape == sq_norm_of_each([]).shape == (0,)
+    assert sq_norm_of_each([]).shape == (0,)
 
 
 @pytest.mark.parametrize("name", TENSORS)
