@@ -94,14 +94,15 @@ def _seen(
     step: GhostStep, parameters: Sequence[nn.Parameter], error: Exception | None
 ) -> tuple[list[float], Tensor | None, Exception | None]:
     """Return this process's numbers, the projections of the applied gradient where it is whole, and what went wrong."""
-    norms, applied, projections = [0.0], None, torch.zeros(DIRECTIONS, dtype=torch.float64, device="cpu")
+    norms, applied, projections = [0.0], None, [0.0] * DIRECTIONS
     try:
         untouched = step.untouched_sq_norms()
         norms = applied_sq_norms(parameters) if untouched is None else untouched
         if any(is_sharded(parameter) for parameter in parameters):
-            error, projections = error or step.unreached([norm > 0 for norm in norms]), step.projections
+            error = error or step.unreached([norm > 0 for norm in norms])
+            projections = step.projections.tolist()
         elif untouched is None:
-            applied, projections = step.applied_projections(), step.projections
+            applied, projections = step.applied_projections(), step.projections.tolist()
     except Exception as unexpected:  # measuring must never end a training run
         error = error or unexpected
     sums, measured = step.sums, set(step.covered)
@@ -120,7 +121,7 @@ def _seen(
         step.local_sq_norm or 0.0,
         sum(norm for index, norm in enumerate(norms) if index in measured),
         sum(norms),
-        *projections.tolist(),
+        *projections,
     ]
     return numbers, applied, error
 

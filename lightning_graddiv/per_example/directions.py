@@ -126,14 +126,15 @@ class Directions:
         Returns:
             Tensor of shape (len(indices), p), float64, on the processor.
         """
+        asked = {index: images[index] for index in indices if index in images}
+        devices = {image.device for image in asked.values()}
+        if len(devices) == 1 and len(asked) == len(indices):
+            return self._of_images_on_one_device(asked).cpu()
         found = torch.zeros(len(indices), self._count, dtype=torch.float64, device="cpu")
-        asked = [(place, index) for place, index in enumerate(indices) if index in images]
-        for device in {images[index].device for _, index in asked}:
-            places, here = zip(*((place, i) for place, i in asked if images[i].device == device), strict=True)
-            projections = self._of_images_on_one_device({index: images[index] for index in here}).cpu()
-            if len(here) == len(indices):
-                return projections
-            found[list(places)] = projections
+        for device in devices:
+            here = {index: image for index, image in asked.items() if image.device == device}
+            places = [place for place, index in enumerate(indices) if index in here]
+            found[places] = self._of_images_on_one_device(here).cpu()
         return found
 
     def _of_images_on_one_device(self, images: Mapping[int, Tensor]) -> Tensor:

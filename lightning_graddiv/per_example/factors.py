@@ -53,7 +53,7 @@ class Probe:
         image: Tensor = self._matrix(gradient) @ self.only_right
         return image
 
-    @cached_property
+    @property
     def only_right(self) -> Tensor:
         """The right side that all directions share, shape (numel / o,)."""
         return self.right[0]
@@ -156,15 +156,14 @@ class OutputGradients:
 
     Args:
         values: shape (n, T, out), as in :class:`Outer`.
+
+    Attributes:
+        rows: all positions of all examples one after another, shape (n T, out).
     """
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """All positions of all examples one after another, shape (n T, out)."""
-        return self._values.flatten(0, 1)
+        self.rows = values.flatten(0, 1)
 
     @cached_property
     def sq_norms(self) -> Tensor:
@@ -260,8 +259,8 @@ class Outer(Contributions):
     @property
     @override
     def are_formed(self) -> bool:
-        positions, fan_in, fan_out = *self.inputs.shape[1:], self.output_gradients.shape[-1]
-        return forming_is_cheaper(len(self), positions, fan_in, fan_out, self.device)
+        n, positions, fan_in = self.inputs.shape
+        return forming_is_cheaper(n, positions, fan_in, self.output_gradients.shape[-1], self.inputs.device)
 
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
@@ -270,11 +269,14 @@ class Outer(Contributions):
     def measure_by_products(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Measure without forming the contributions, by products between positions."""
         n, positions, _ = self.inputs.shape
+        a, b = self._rows, self._b
+        # Of the sum: sum_it b_it <a_it, right>
+        image: Tensor = b.rows.T @ (a @ probe.only_right)
         if positions == 1:  # |b a'|^2 = |b|^2 |a|^2
-            return sq_norms_of_rows(self._rows) * self._b.sq_norms, self._image(probe)
+            return sq_norms_of_rows(a) * b.sq_norms, image
         size = max(1, chunk_bytes(self.device) // max(1, 8 * positions**2))
         parts = [self] if size >= n else [self.at(slice(start, start + size)) for start in range(0, n, size)]
-        return torch.cat([part._by_gram() for part in parts]), self._image(probe)
+        return torch.cat([part._by_gram() for part in parts]), image
 
     @property
     def _rows(self) -> Tensor:
@@ -292,11 +294,6 @@ class Outer(Contributions):
         products = (self._rows @ probe.right.T) * (self._b.rows @ probe.left.T)
         projected: Tensor = products.unflatten(0, self.inputs.shape[:2])
         return projected.sum(1, dtype=torch.float64)
-
-    def _image(self, probe: Probe) -> Tensor:
-        """Return what the sum takes the shared right side to: ``sum_it b_it <a_it, right>``."""
-        image: Tensor = self._b.rows.T @ (self._rows @ probe.only_right)
-        return image
 
     def _by_gram(self) -> Tensor:
         """|sum_t b_t a_t'|^2 = sum_{t,s} <a_t, a_s> <b_t, b_s>."""

@@ -262,7 +262,7 @@ class GhostRecorder:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        outputs = _tensors(output)
+        outputs = [output] if isinstance(output, Tensor) else _tensors(output)
         if not outputs or not outputs[0].requires_grad:
             return
         if outputs[0].numel() == 0:  # an expert that no row was sent to

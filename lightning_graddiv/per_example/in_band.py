@@ -7,7 +7,7 @@ for a sum; the mean over the processes is taken later.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.select import PerExampleEngine
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepSums:
     """What one process's examples of a step add up to, as contributions to its own gradient; all may be added up.
 
@@ -52,7 +52,7 @@ class InBandStep(ABC):
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], recorder: GhostRecorder) -> None:
-        self._projections = torch.zeros(DIRECTIONS, dtype=torch.float64, device="cpu")
+        self._projections: list[Tensor] = []  # of each pass
         self._parameters = list(parameters)
         self._recorder = recorder
         self._is_expecting = False
@@ -65,7 +65,9 @@ class InBandStep(ABC):
     @property
     def projections(self) -> Tensor:
         """Of this process's gradient, for a comparison with what the optimizer applies: shape (p,), float64."""
-        return self._projections
+        if not self._projections:
+            return torch.zeros(DIRECTIONS, dtype=torch.float64, device="cpu")
+        return torch.stack(self._projections).sum(0)
 
     def applied_projections(self) -> Tensor:
         """Return the projections of the gradient that the optimizer is about to apply, as :attr:`projections`."""
@@ -219,18 +221,14 @@ class GhostStep(InBandStep):
         missed = [recorded.misses[index] for index in self.covered if index in recorded.misses]
         if missed:
             raise UncoveredError(missed[0])
-        examples, sums = recorded.examples, self.sums
-        self.sums = replace(
-            sums,
-            sum_sq_norms=sums.sum_sq_norms + sum(recorded.totals.get(i, 0.0) for i in self.covered) / scale**2,
-            rest_sq_norms=sums.rest_sq_norms + self._pending_sq_norms,
-            sum_weights=sums.sum_weights + self._weight * examples,
-            sum_sq_weights=sums.sum_sq_weights + self._weight**2 * examples,
-        )
+        self.sums.sum_sq_norms += sum(recorded.totals.get(i, 0.0) for i in self.covered) / scale**2
+        self.sums.rest_sq_norms += self._pending_sq_norms
+        self.sums.sum_weights += self._weight * recorded.examples
+        self.sums.sum_sq_weights += self._weight**2 * recorded.examples
         if self._holds_all:
             self._only_pass = recorded.received, scale
         else:
-            self._projections += recorded.received.projections() / scale
+            self._projections.append(recorded.received.projections() / scale)
         self.local_sq_norm = self._local_sq_norm(recorded.local_sq_norms, scale)
         self._reached |= recorded.totals.keys()
         self._pending_sq_norms = 0.0
@@ -239,7 +237,7 @@ class GhostStep(InBandStep):
     @override
     def projections(self) -> Tensor:
         if self._only_pass is None:
-            return self._projections
+            return super().projections
         received, scale = self._only_pass
         return received.projections() / scale
 
@@ -310,5 +308,5 @@ class GroupStep(InBandStep):
                 " Use `checkpoint(..., use_reentrant=False)`.",
                 lasting=True,
             )
-        self._projections += recorded.received.projections() / scale
+        self._projections.append(recorded.received.projections() / scale)
         self.groups.append((recorded.gradient_sq_norm * (self.divisor / scale) ** 2, float(self._examples)))

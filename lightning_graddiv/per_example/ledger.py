@@ -111,11 +111,10 @@ class Ledger:
 
     def _is_compared_by_entries(self, index: int, contributions: Contributions) -> bool:
         """Tell whether the sum is there for nothing, and so will the gradient be: this is known before it comes by."""
-        is_ahead = index not in self._received
         if index not in self._directions.small:
-            return is_ahead and self._gives_all_at_end and _has_small_sum(contributions)
+            return self._gives_all_at_end and _has_small_sum(contributions) and index not in self._received
         is_cheap = index in self._directions.vectors or contributions.are_formed
-        return is_cheap and (is_ahead or self._received.entries(index) is not None)
+        return is_cheap and (index not in self._received or self._received.entries(index) is not None)
 
     def receive(self, index: int, gradient: Tensor) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has."""
@@ -182,7 +181,8 @@ class Ledger:
     def _balanced(self) -> Recorded:
         self._enter_sums()
         parts = {index: values for index, values in self._parts.items() if index not in self._totals}
-        self._totals |= dict(zip(parts, sq_norm_of_each(parts.values()).tolist(), strict=True))
+        if parts:
+            self._totals |= dict(zip(parts, sq_norm_of_each(parts.values()).tolist(), strict=True))
         if self._sq_norms:
             norms = on_processor(list(self._sq_norms.values())).reshape(len(self._sq_norms), self._examples).sum(1)
             self._totals |= dict(zip(self._sq_norms, norms.tolist(), strict=True))
@@ -235,12 +235,14 @@ class Ledger:
         errors = {index: self._distances[index] for index in indices if index in self._distances}
         kept = {i: self._received.entries(i) for i in indices if i in self._sums and i not in errors}
         entries = {index: gradient for index, gradient in kept.items() if gradient is not None}
-        errors |= dict(zip(entries, distances(list(entries.values()), [self._sums[i] for i in entries]), strict=True))
+        if entries:
+            found = distances(list(entries.values()), [self._sums[index] for index in entries])
+            errors |= dict(zip(entries, found, strict=True))
         others = [index for index in indices if index not in errors]
         if others:
             images = ((index, self._image_of_difference(index)) for index in others)
-            found = self._directions.of_images({i: image for i, image in images if image is not None}, others)
-            errors |= dict(zip(others, found.abs().amax(1).tolist(), strict=True))
+            projected = self._directions.of_images({i: image for i, image in images if image is not None}, others)
+            errors |= dict(zip(others, projected.abs().amax(1).tolist(), strict=True))
         return errors
 
     def _image_of_difference(self, index: int) -> Tensor | None:

@@ -46,8 +46,10 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
     """
     values = wide(real_view(values))
     if _takes_blocks(values):
-        of_blocks = _in_blocks(values.reshape(len(values), -1)).double().square_()
-        sq_norms = of_blocks.sum(1) if of_blocks.shape[1] > 1 else of_blocks[:, 0]
+        rows = values if values.ndim == 2 else values.reshape(len(values), -1)
+        is_one_block = rows.shape[1] <= _BLOCK
+        of_blocks = (_norms(rows) if is_one_block else _in_blocks(rows)).double().square_()
+        sq_norms = of_blocks if is_one_block else of_blocks.sum(1)
         if _are_safe(sq_norms):
             return sq_norms
     entries = values if values.ndim > 1 else values.unsqueeze(1)
@@ -107,9 +109,7 @@ def sq_norm_of_each(tensors: Collection[Tensor], blocks: Mapping[int, Tensor] = 
     if not listed:
         return on_processor([])
     if len({tensor.device for tensor in listed}) > 1:
-        return torch.cat(
-            [sq_norm_of_each([of], {0: blocks[i]} if i in blocks else _NONE) for i, of in enumerate(listed)]
-        )
+        return torch.cat([sq_norm_of_each([of_one]) for of_one in listed])
     if is_accelerator(listed[0].device):
         return _with_one_call(listed) if len({tensor.dtype for tensor in listed}) == 1 else _by_type(listed)
     large = {i: blocks[i] if i in blocks else block_norms(of) for i, of in enumerate(listed) if of.numel() > _SMALL}
@@ -171,7 +171,7 @@ def _are_safe(sq_norms: Tensor) -> bool:
 
 
 def _takes_blocks(entries: Tensor) -> bool:
-    return not is_accelerator(entries.device) and entries.dtype == torch.float32 and entries.numel() > _FEW
+    return entries.numel() > _FEW and entries.dtype == torch.float32 and not is_accelerator(entries.device)
 
 
 def _in_blocks(rows: Tensor) -> Tensor:
