@@ -16,7 +16,7 @@ _SHIFT = 32
 """What adding one entry to another costs in products of a matrix product: it waits for memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Convolved(Contributions):
     """Contributions to a convolution's weight.
 

@@ -97,7 +97,7 @@ class ConvolvedByProducts(Convolved):
         return super().measure(probe) if self.are_formed else self._patches().measure_by_products(probe)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Patches(Contributions):
     """The contributions of a convolution as products of output gradients and the patches of the input they come from.
 

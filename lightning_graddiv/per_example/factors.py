@@ -25,7 +25,7 @@ DIRECTIONS = 4
 """Numbers by which gradients are compared."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Probe:
     """A few random directions of rank one in the space of a parameter of shape (o, ...).
 
@@ -74,7 +74,11 @@ CANCELLATION = 1e-2
 
 
 class Contributions(ABC):
-    """What n examples add to the gradient of one parameter."""
+    """What n examples add to the gradient of one parameter.
+
+    Never changed, but not frozen either: several are made for each layer in the midst of a backward pass, and to make a
+    frozen one takes three times as long.
+    """
 
     shape: torch.Size
     """Of the parameter."""
@@ -177,7 +181,7 @@ class OutputGradients:
         return products
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Explicit(Contributions):
     """Contributions as they are: those of biases and of the scales of normalisation layers, which are small.
 
@@ -226,7 +230,7 @@ def forming_is_cheaper(examples: int, positions: int, fan_in: int, fan_out: int,
     return positions * (fan_in + fan_out) > fan_in * fan_out or (is_accelerator(device) and is_small)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outer(Contributions):
     """``c_i = sum_t b_it a_it'``: the weight of a linear map that example i goes through at T positions.
 
@@ -307,7 +311,7 @@ class Outer(Contributions):
         return norms
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Lookup(Contributions):
     """``c_i = sum_t e(index_it) b_it'``: a table from which example i takes T rows, some of them more than once.
 
@@ -360,7 +364,7 @@ class Lookup(Contributions):
         return norms, image
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Total(Contributions):
     """The sum of several uses of one parameter, taken before the norm."""
 

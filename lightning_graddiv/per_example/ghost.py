@@ -9,7 +9,7 @@ one backward pass of one process is the whole step, once that is over.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -35,6 +35,9 @@ from lightning_graddiv.per_example.records import Recorded, Use
 Layouts = Mapping[tuple[int, int], Layout]
 """How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""
 
+
+WatchedLayer = tuple[nn.Module, LayerType, dict[str, int]]
+"""A layer, what is known of its type, and which of its parameters are measured, name to index."""
 
 _SECOND_PASS = "it takes part in more than one backward pass"
 
@@ -126,25 +129,25 @@ class GhostRecorder:
     ) -> None:
         self.detach()
 
-    def attach(self, module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:
+    def attach(
+        self,
+        module: nn.Module,
+        stand_ins: Sequence[Tensor] | None = None,
+        layers: Sequence[WatchedLayer] | None = None,
+    ) -> None:
         """Put hooks on every layer with a rule, and on the parameters, unless these await the loss.
 
         Args:
             module: what runs.
             stand_ins: the tensors that stand in for the parameters in ``module``. None: the parameters themselves.
+            layers: of ``module``, where these have been looked for before.
         """
         if self._handles:
             self.detach()  # from what ran before
         _ATTACHED.add(self)
         tensors = self._parameters if stand_ins is None else stand_ins
-        indices = {id(tensor): index for index, tensor in enumerate(tensors) if index in self._measured}
-        for layer in module.modules():
-            kind = layer_type(layer)
-            if kind is not None:
-                named = ((name, layer._parameters.get(name)) for name in kind.parameters(layer))
-                held = {name: indices[id(parameter)] for name, parameter in named if id(parameter) in indices}
-                if held:
-                    self._attach_layer(layer, kind, held)
+        for layer, kind, held in layers_of(module, tensors, self._measured) if layers is None else layers:
+            self._attach_layer(layer, kind, held)
         if not self._awaits_loss:
             self._attach_parameters(tensors)
 
@@ -345,6 +348,20 @@ class GhostRecorder:
                 if gradient is not None and not gradient.is_complex()
             }
         )
+
+
+def layers_of(module: nn.Module, parameters: Sequence[Tensor], measured: Collection[int]) -> list[WatchedLayer]:
+    """Return the layers with a rule that hold some of the parameters that are measured, by index."""
+    indices = {id(tensor): index for index, tensor in enumerate(parameters) if index in measured}
+    found = []
+    for layer in module.modules():
+        kind = layer_type(layer)
+        if kind is not None:
+            named = ((name, layer._parameters.get(name)) for name in kind.parameters(layer))
+            held = {name: indices[id(parameter)] for name, parameter in named if id(parameter) in indices}
+            if held:
+                found.append((layer, kind, held))
+    return found
 
 
 def _one_tensor(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> tuple[Tensor] | None:

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.directions import Spaces
 from lightning_graddiv.per_example.fingerprint import KnownGraphs, modes_of
+from lightning_graddiv.per_example.ghost import WatchedLayer, is_sharded, layers_of
 from lightning_graddiv.per_example.in_band import GhostStep
 from lightning_graddiv.per_example.layers import layer_type, mixes_examples
 from lightning_graddiv.per_example.losses import StepLoss, measuring
@@ -45,13 +46,14 @@ class GhostEngine:
         self._is_trusted = False
         self._known: list[int] = []
         self._spaces: Spaces | None = None
+        self._layers: list[WatchedLayer] | None = None
         self._modes: Hashable = None
         self._graphs = KnownGraphs()
         self._is_just_checked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Forget which objects the parameters were: a copy has others."""
-        return {**self.__dict__, "_known": []}
+        """Forget which objects the parameters and layers were: a copy has others."""
+        return {**self.__dict__, "_known": [], "_layers": None}
 
     def is_check_due(self, module: nn.Module, parameters: Sequence[nn.Parameter], *, is_wrapped: bool) -> bool:
         """Tell whether the next step must be preceded by :meth:`check` and :meth:`adopt`.
@@ -110,6 +112,9 @@ class GhostEngine:
             if not is_proven:
                 self.misses.setdefault(index, "another process cannot measure it so")
         self._known, self._spaces = [id(parameter) for parameter in parameters], Spaces.of(parameters)
+        # FSDP2 puts others in the place of sharded parameters, and takes them back.
+        is_sharded_somewhere = any(is_sharded(parameter) for parameter in parameters)
+        self._layers = None if is_sharded_somewhere else layers_of(module, parameters, frozenset(covered))
         self._is_trusted = True
 
     def step(
@@ -123,6 +128,7 @@ class GhostEngine:
     ) -> GhostStep:
         """Begin the measurement of a step; see :class:`.GhostStep`."""
         is_just_checked, self._is_just_checked = self._is_just_checked, False
+        is_known = self._known == [id(parameter) for parameter in parameters]
         return GhostStep(
             parameters,
             self._plan,
@@ -134,7 +140,8 @@ class GhostEngine:
             noise_seed=noise_seed,
             graphs=self._graphs,
             is_just_checked=is_just_checked,
-            spaces=self._spaces if self._known == [id(parameter) for parameter in parameters] else None,
+            spaces=self._spaces if is_known else None,
+            layers=self._layers if is_known else None,
         )
 
     def leave_out_the_rest(self) -> None:

@@ -18,7 +18,7 @@ from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.directions import Spaces
 from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.fingerprint import KnownGraphs
-from lightning_graddiv.per_example.ghost import GhostRecorder
+from lightning_graddiv.per_example.ghost import GhostRecorder, WatchedLayer
 from lightning_graddiv.per_example.losses import StepLoss
 from lightning_graddiv.per_example.proof import GhostPlan
 from lightning_graddiv.per_example.received import Received
@@ -124,6 +124,7 @@ class GhostStep(InBandStep):
         graphs: of the steps that were checked.
         is_just_checked: whether this step's first micro-batch was.
         spaces: of the parameters, where these have been looked at before.
+        layers: of the module that trains, where these have been looked for before.
 
     Attributes:
         covered: see above.
@@ -146,6 +147,7 @@ class GhostStep(InBandStep):
         graphs: KnownGraphs,
         is_just_checked: bool,
         spaces: Spaces | None = None,
+        layers: Sequence[WatchedLayer] | None = None,
     ) -> None:
         recorder = GhostRecorder(
             parameters,
@@ -160,7 +162,7 @@ class GhostStep(InBandStep):
             spaces=spaces,
         )
         super().__init__(parameters, recorder)
-        self._graphs = graphs
+        self._graphs, self._layers = graphs, layers
         self._holds_all = holds_all
         self._only_pass: tuple[Received, float] | None = None
         self._is_just_checked = is_just_checked
@@ -190,7 +192,7 @@ class GhostStep(InBandStep):
         if self._rest is not None and loss is not None and self.rest_error is None:
             self._measure_rest(self._rest, loss, batch, examples)
         if not self._is_attached:
-            self._recorder.attach(module)
+            self._recorder.attach(module, layers=self._layers)
             self._is_attached = True
         self._recorder.begin(examples)
 

@@ -64,7 +64,7 @@ class Layout(Enum):
         return values.reshape(examples, math.prod(shape) // examples, *trailing)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Arrangement:
     """A layout together with the number of examples.
 

@@ -42,7 +42,7 @@ class Use:
     _found: dict[Layout, dict[str, Contributions]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.inputs = tuple(None if value is None else value.detach() for value in self.inputs)
+        self.inputs = tuple([None if value is None else value.detach() for value in self.inputs])
         self.output = None if self.output is None else self.output.detach()
         self.versions = _versions(*self.inputs, self.output)
 
@@ -132,7 +132,7 @@ class Recorded:
 
 
 def _versions(*values: Tensor | None) -> tuple[int, ...]:
-    return tuple(-1 if value is None else value._version for value in values)
+    return tuple([-1 if value is None else value._version for value in values])
 
 
 def _as_autocast_has_it(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
