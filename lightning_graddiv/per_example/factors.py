@@ -159,7 +159,7 @@ class OutputGradients:
     """What several parameters of a layer are multiplied with: what is asked of it more than once is computed once.
 
     Args:
-        values: shape (n, T, out), as in :class:`Outer`.
+        values: shape (n, T, out), as in :class:`Outer`, or (n, out), as in :class:`Rows`.
 
     Attributes:
         rows: all positions of all examples one after another, shape (n T, out).
@@ -167,7 +167,7 @@ class OutputGradients:
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
-        self.rows = values.flatten(0, 1)
+        self.rows = values if values.ndim == 2 else values.flatten(0, 1)
 
     @cached_property
     def sq_norms(self) -> Tensor:
@@ -216,6 +216,57 @@ class Explicit(Contributions):
         known = self.output_gradients
         norms = sq_norms_of_rows(self.values) if known is None else known.sq_norms
         return norms, self.values.sum(0)
+
+
+@dataclass(eq=False)
+class Rows(Contributions):
+    """``c_i = b_i a_i'``: the weight of a linear map, each row of whose input is an example.
+
+    Attributes:
+        inputs: a, shape (n, in).
+        output_gradients: b, shape (n, out).
+        shape: of the weight, (out, in).
+        shared: b, where another parameter is multiplied with it too.
+    """
+
+    inputs: Tensor
+    output_gradients: Tensor
+    shape: torch.Size
+    shared: OutputGradients | None = None
+
+    @property
+    @override
+    def by_example(self) -> Tensor:
+        return self.inputs
+
+    @override
+    def at(self, examples: slice) -> "Rows":
+        return Rows(self.inputs[examples], self.output_gradients[examples], self.shape)
+
+    @override
+    def explicit(self) -> Tensor:
+        return self.output_gradients[:, :, None] * self.inputs[:, None]
+
+    @property
+    @override
+    def are_formed(self) -> bool:
+        return False
+
+    @override
+    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """|b a'|^2 = |b|^2 |a|^2."""
+        image: Tensor = self.output_gradients.T @ (self.inputs @ probe.only_right)
+        of_b = sq_norms_of_rows(self.output_gradients) if self.shared is None else self.shared.sq_norms
+        return sq_norms_of_rows(self.inputs) * of_b, image
+
+    @override
+    def sketches(self, probe: Probe) -> Tensor:
+        products = (self.inputs @ probe.right.T) * (self.output_gradients @ probe.left.T)
+        return products.double()
+
+    def at_one_position(self) -> "Outer":
+        """Return the same as a sum over positions, of which there is one."""
+        return Outer(self.inputs[:, None], self.output_gradients[:, None], self.shape)
 
 
 def forming_is_cheaper(examples: int, positions: int, fan_in: int, fan_out: int, device: torch.device) -> bool:
@@ -273,11 +324,10 @@ class Outer(Contributions):
     def measure_by_products(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Measure without forming the contributions, by products between positions."""
         n, positions, _ = self.inputs.shape
-        a, b = self._rows, self._b
+        if positions == 1:
+            return Rows(self.inputs[:, 0], self.output_gradients[:, 0], self.shape).measure(probe)
         # Of the sum: sum_it b_it <a_it, right>
-        image: Tensor = b.rows.T @ (a @ probe.only_right)
-        if positions == 1:  # |b a'|^2 = |b|^2 |a|^2
-            return sq_norms_of_rows(a) * b.sq_norms, image
+        image: Tensor = self._b.rows.T @ (self._rows @ probe.only_right)
         size = max(1, chunk_bytes(self.device) // max(1, 8 * positions**2))
         parts = [self] if size >= n else [self.at(slice(start, start + size)) for start in range(0, n, size)]
         return torch.cat([part._by_gram() for part in parts]), image
@@ -426,6 +476,7 @@ def added(uses: Sequence[Contributions]) -> Contributions:
     """Return the sum of several uses of a parameter by the same examples."""
     if len(uses) == 1:
         return uses[0]
+    uses = [use.at_one_position() if isinstance(use, Rows) else use for use in uses]
     outers = [use for use in uses if isinstance(use, Outer)]
     lookups = [use for use in uses if isinstance(use, Lookup)]
     parts: list[Contributions] = [use for use in uses if not isinstance(use, Outer | Lookup)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_graddiv.per_example.convolutions import convolution_weight
-from lightning_graddiv.per_example.factors import Contributions, Explicit, Lookup, Outer, OutputGradients
+from lightning_graddiv.per_example.factors import Contributions, Explicit, Lookup, Outer, OutputGradients, Rows
 from lightning_graddiv.per_example.recurrent import (
     cell_parameters,
     has_known_gates,
@@ -82,8 +82,11 @@ class Arrangement:
 
     def summed(self, values: Tensor, leading: int) -> Tensor:
         """Return the values summed over an example's positions, shape (n, ...): as they are if rows are examples."""
-        has_one = self.layout is Layout.FIRST and leading == 1 and self.layout.fits(values.shape[:1], self.examples)
-        return values if has_one else self(values, leading).sum(1)
+        return values if self.has_rows(values, leading) else self(values, leading).sum(1)
+
+    def has_rows(self, values: Tensor, leading: int) -> bool:
+        """Tell whether each row of the values is an example."""
+        return leading == 1 and self.layout is Layout.FIRST and len(values) == self.examples > 0
 
 
 Leading = Callable[[Any, Tensor], int]
@@ -195,13 +198,20 @@ def _linear(
     layer: nn.Linear, inputs: Tensor, output_gradients: Tensor, arrange: Arrangement
 ) -> dict[str, Contributions]:
     leading = output_gradients.ndim - 1
-    b = arrange(output_gradients, leading)
+    weight, bias = layer.weight, layer.bias
     found: dict[str, Contributions] = {}
-    shared = OutputGradients(b) if b.shape[1] == 1 else None
-    if _wants(layer.weight):
-        found["weight"] = Outer(arrange(inputs, leading), b, layer.weight.shape, shared)
-    if _wants(layer.bias):
-        found["bias"] = Explicit(b.sum(1) if shared is None else shared.rows, shared)
+    if arrange.has_rows(output_gradients, leading):
+        shared = OutputGradients(output_gradients)
+        if _wants(weight):
+            found["weight"] = Rows(inputs, output_gradients, weight.shape, shared)
+        if _wants(bias):
+            found["bias"] = Explicit(output_gradients, shared)
+        return found
+    b = arrange(output_gradients, leading)
+    if _wants(weight):
+        found["weight"] = Outer(arrange(inputs, leading), b, weight.shape)
+    if _wants(bias):
+        found["bias"] = Explicit(b.sum(1))
     return found
 
 
