@@ -1,7 +1,7 @@
 """From what each process saw of a step to the moments of all: the few numbers that cross processes."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def ghost_outcome(
         local / world**2 if world > 1 and no_groups == 0 and rest_failed == 0 else None,
         group_weights / world**2,
     )
-    return replace(_moments_of(contributions, coverage), leaves_out_rest=rest_failed > 0)
+    return _moments_of(contributions, coverage, leaves_out_rest=rest_failed > 0)
 
 
 def _seen(
@@ -98,7 +98,7 @@ def _seen(
     try:
         untouched = step.untouched_sq_norms()
         norms = applied_sq_norms(parameters) if untouched is None else untouched
-        if any(is_sharded(parameter) for parameter in parameters):
+        if untouched is None and any(is_sharded(parameter) for parameter in parameters):
             error = error or step.unreached([norm > 0 for norm in norms])
             projections = step.projections.tolist()
         elif untouched is None:
@@ -226,13 +226,15 @@ def _part(gradient: Any) -> tuple[Tensor, int]:
     return gradient.coalesce().values() if gradient.is_sparse else gradient, world_size()
 
 
-def _moments_of(contributions: ContributionSums, coverage: float) -> Outcome:
+def _moments_of(contributions: ContributionSums, coverage: float, *, leaves_out_rest: bool) -> Outcome:
     if contributions.count == 0:
-        return Outcome(None, refusal=MeasurementError("The step had no backward pass."))
+        refusal = MeasurementError("The step had no backward pass.")
+        return Outcome(None, refusal=refusal, leaves_out_rest=leaves_out_rest)
     try:
-        return Outcome(contributions.moments(), coverage)
+        return Outcome(contributions.moments(), coverage, leaves_out_rest=leaves_out_rest)
     except ValueError as error:
-        return Outcome(None, refusal=MeasurementError(f"The step's gradients are not finite ({error})."))
+        refusal = MeasurementError(f"The step's gradients are not finite ({error}).")
+        return Outcome(None, refusal=refusal, leaves_out_rest=leaves_out_rest)
 
 
 def _changed(sum_sq_norms: float, sq_norm_of_sum: float) -> MeasurementError:

@@ -167,12 +167,15 @@ class OutputGradients:
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
+        self._sq_norms: Tensor | None = None
         self.rows = values if values.ndim == 2 else values.flatten(0, 1)
 
-    @cached_property
+    @property
     def sq_norms(self) -> Tensor:
         """|b_it|^2, shape (n T,), float64."""
-        return sq_norms_of_rows(self.rows)
+        if self._sq_norms is None:
+            self._sq_norms = sq_norms_of_rows(self.rows)
+        return self._sq_norms
 
     @cached_property
     def products(self) -> Tensor:

@@ -91,7 +91,8 @@ class GhostRecorder:
         self.seconds = 0.0
         self.is_paused = False
         self._parameters = list(parameters)
-        self._layouts = layouts
+        self._knows_layouts = layouts is not None
+        self._layouts: Layouts = {} if layouts is None else layouts
         self._shared = shared
         self._measured = frozenset(range(len(self._parameters))) if measured is None else measured
         self._assumed = assumed
@@ -140,14 +141,17 @@ class GhostRecorder:
         Args:
             module: what runs.
             stand_ins: the tensors that stand in for the parameters in ``module``. None: the parameters themselves.
-            layers: of ``module``, where these have been looked for before.
+            layers: of ``module``, where these have been looked for before; of none are the parameters sharded.
         """
         if self._handles:
             self.detach()  # from what ran before
         _ATTACHED.add(self)
         tensors = self._parameters if stand_ins is None else stand_ins
-        for layer, kind, held in layers_of(module, tensors, self._measured) if layers is None else layers:
+        found = layers_of(module, tensors, self._measured) if layers is None else layers
+        for layer, kind, held in found:
             self._attach_layer(layer, kind, held)
+            if layers is None and any(is_sharded(layer._parameters[name]) for name in held):
+                self._await_whole(layer, held)
         if not self._awaits_loss:
             self._attach_parameters(tensors)
 
@@ -200,9 +204,10 @@ class GhostRecorder:
 
         # The first hook sees what the layer itself put out; those of the user may replace it.
         self._handles.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
-        if any(is_sharded(layer._parameters[name]) for name in held):
-            before = layer.register_forward_pre_hook(lambda layer, _: self._guarded(self._unshard, layer, held))
-            self._handles.append(before)
+
+    def _await_whole(self, layer: nn.Module, held: dict[str, int]) -> None:
+        before = layer.register_forward_pre_hook(lambda layer, _: self._guarded(self._unshard, layer, held))
+        self._handles.append(before)
 
     def _unshard(self, layer: nn.Module, held: dict[str, int]) -> None:
         """Watch the whole parameters that FSDP2 puts in place of the sharded ones while the layer runs."""
@@ -233,12 +238,13 @@ class GhostRecorder:
         """
         if self._error is not None:
             raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
-        with own_work():
-            self._on_end()  # of another loss
-            self._measure_waiting()
-            recorded = self._ledger.balance()
-        self._clear()
-        return recorded
+        try:
+            with own_work():
+                self._on_end()  # of another loss
+                self._measure_waiting()
+                return self._ledger.balance()
+        finally:
+            self._clear()
 
     def used(self, index: int) -> list[Use]:
         """Return the uses of a parameter that the backward pass has reached, in the order of the calls."""
@@ -291,8 +297,8 @@ class GhostRecorder:
                 self._ledger.misses[index] = _SECOND_PASS
             return
         use.is_reached = True
-        use.output_gradients = tuple(None if gradient is None else gradient.detach() for gradient in gradients)
-        if self._layouts is None or self._shared.intersection(use.parameters.values()):
+        use.output_gradients = tuple([None if gradient is None else gradient.detach() for gradient in gradients])
+        if not self._knows_layouts or (self._shared and not self._shared.isdisjoint(use.parameters.values())):
             return
         self._measure([use])
         self.uses.remove(use)
@@ -301,7 +307,7 @@ class GhostRecorder:
     def _measure_waiting(self) -> None:
         """Measure what was kept until the whole backward pass was seen."""
         together = [use for use in self.uses if use.is_measurable]
-        if self._layouts is not None and together:
+        if self._knows_layouts and together:
             self._measure(together)
 
     def _measure(self, uses: Sequence[Use]) -> None:
@@ -309,8 +315,8 @@ class GhostRecorder:
         for use in uses:
             leading = use.leading
             for name, index in use.parameters.items():
-                layout = self._layout(index, use.ordinals[name], leading)
-                if layout is None:
+                layout = Layout.FIRST if self._assumed else self._layouts.get((index, use.ordinals[name]))
+                if layout is None or not layout.fits(leading, self._examples):
                     self._ledger.misses.setdefault(
                         index, f"the leading dimensions {leading} of its layer's input do not hold the examples"
                     )
@@ -320,7 +326,7 @@ class GhostRecorder:
                     contributions[index].append(found[name])
             self._note_precision(use)
         for index, parts in contributions.items():
-            self._ledger.contribute(index, added(parts))
+            self._ledger.contribute(index, parts[0] if len(parts) == 1 else added(parts))
 
     def _note_precision(self, use: Use) -> None:
         for gradient in use.output_gradients:
@@ -329,12 +335,6 @@ class GhostRecorder:
                 bits = torch.finfo(gradient.dtype).bits
                 rounds = bits == 32 and rounds_products(gradient.device)
                 self._ledger.note_precision(16 if rounds else bits)
-
-    def _layout(self, index: int, ordinal: int, leading: tuple[int, ...]) -> Layout | None:
-        if self._layouts is None:
-            return None
-        layout = Layout.FIRST if self._assumed else self._layouts.get((index, ordinal))
-        return layout if layout is not None and layout.fits(leading, self._examples) else None
 
     def _gradient_hook(self, index: int) -> Callable[[Tensor], None]:
         return partial(self._guarded, self._ledger.receive, index)

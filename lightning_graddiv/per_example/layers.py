@@ -86,7 +86,7 @@ class Arrangement:
 
     def has_rows(self, values: Tensor, leading: int) -> bool:
         """Tell whether each row of the values is an example."""
-        return leading == 1 and self.layout is Layout.FIRST and len(values) == self.examples > 0
+        return leading == 1 and self.layout is Layout.FIRST and values.shape[0] == self.examples > 0
 
 
 Leading = Callable[[Any, Tensor], int]

@@ -90,31 +90,35 @@ class Ledger:
         """Enter what the examples contribute to a parameter."""
         if index in self._sq_norms or index in self._waiting or index in self._block_norms:
             self.misses[index] = "it was used more often than before"
-        elif self._is_compared_by_entries(index, contributions):
-            if index in self._directions.vectors and _is_few(contributions):
-                self._waiting[index] = contributions.explicit()
-            else:
-                self._sums[index] = self._enter_norms(index, contributions)
-        elif contributions.are_formed:
-            total = self._enter_norms(index, contributions)
-            self._images[index] = self._directions.probe(index).image_of(total)
+            return
+        on_accelerator, are_formed = is_accelerator(contributions.device), contributions.are_formed
+        is_vector = index in self._directions.vectors
+        # Whether the sum is there for nothing, and so will the gradient be, is known before it comes by.
+        if index in self._directions.small:
+            by_entries = (is_vector or are_formed) and not self._received.is_large(index)
         else:
+            by_entries = on_accelerator and are_formed and self._may_keep_sum(index, contributions)
+        if is_vector and by_entries and _is_few(contributions, on_accelerator=on_accelerator):
+            self._waiting[index] = contributions.explicit()
+        elif not by_entries and not are_formed:
             self._sq_norms[index], self._images[index] = contributions.measure(self._directions.probe(index))
-
-    def _enter_norms(self, index: int, contributions: Contributions) -> Tensor:
-        """Enter the norms of contributions that are formed for it; return what they add up to."""
-        if is_accelerator(contributions.device):
-            self._block_norms[index], total = contributions.block_norms_and_sum()
         else:
-            self._sq_norms[index], total = contributions.norms_and_sum()
-        return total
+            if on_accelerator:
+                self._block_norms[index], total = contributions.block_norms_and_sum()
+            else:
+                self._sq_norms[index], total = contributions.norms_and_sum()
+            if by_entries:
+                self._sums[index] = total
+            else:
+                self._images[index] = self._directions.probe(index).image_of(total)
 
-    def _is_compared_by_entries(self, index: int, contributions: Contributions) -> bool:
-        """Tell whether the sum is there for nothing, and so will the gradient be: this is known before it comes by."""
-        if index not in self._directions.small:
-            return self._gives_all_at_end and _has_small_sum(contributions) and index not in self._received
-        is_cheap = index in self._directions.vectors or contributions.are_formed
-        return is_cheap and (index not in self._received or self._received.entries(index) is not None)
+    def _may_keep_sum(self, index: int, contributions: Contributions) -> bool:
+        """Tell whether the sum of large contributions may be kept until the pass is over, for few calls.
+
+        It has no more numbers than the layer's input, which the pass usually frees next.
+        """
+        is_small = math.prod(contributions.shape) <= contributions.by_example.numel()
+        return is_small and self._gives_all_at_end and index not in self._received
 
     def receive(self, index: int, gradient: Tensor) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has."""
@@ -135,12 +139,12 @@ class Ledger:
 
     def receive_all(self, gradients: Mapping[int, Tensor]) -> None:
         """Enter all gradients that a pass gave, once it is over; those that :meth:`receive` was given are known."""
-        self.misses |= {index: "it is complex" for index, gradient in gradients.items() if gradient.is_complex()}
         others = {i: gradient for i, gradient in gradients.items() if i in self._looked_at or i not in self._received}
         for index in self._looked_at - gradients.keys():  # it was on its way to somebody else
             self._received.look_again(index)
         self._enter_sums()
         sq_norms = self._read_at_once(others)
+        self.misses |= dict.fromkeys(others.keys() - sq_norms.keys(), "it is complex")
         large = self._sums.keys() - self._directions.small
         known = {i: self._sums[i] for i in large if self._is_gradient(i, sq_norms.get(i))}
         keep = self._directions.vectors | (self._sums.keys() - large)
@@ -155,8 +159,8 @@ class Ledger:
         real = {index: stored(gradient) for index, gradient in gradients.items() if not gradient.is_complex()}
         compared, parts = {i: total for i, total in self._sums.items() if i in real}, self._parts
         differences = differences_of(compared.values(), [dense(gradients[index]) for index in compared])
-        blocks = {len(compared) + i: self._received.blocks.get(index) for i, index in enumerate(real)}
-        known = {place: of_one for place, of_one in blocks.items() if of_one is not None}
+        blocks = self._received.blocks
+        known = {len(compared) + place: blocks[index] for place, index in enumerate(real) if index in blocks}
         norms = sq_norm_of_each([*differences, *real.values(), *parts.values()], known).tolist()
         self._distances = dict(zip(compared, map(math.sqrt, norms[: len(compared)]), strict=True))
         self._totals = dict(zip(parts, norms[len(norms) - len(parts) :], strict=True))
@@ -173,18 +177,12 @@ class Ledger:
         Raises:
             MeasurementError: something is not finite.
         """
-        try:
-            return self._balanced()
-        finally:
-            self.clear()
-
-    def _balanced(self) -> Recorded:
         self._enter_sums()
         parts = {index: values for index, values in self._parts.items() if index not in self._totals}
         if parts:
             self._totals |= dict(zip(parts, sq_norm_of_each(parts.values()).tolist(), strict=True))
         if self._sq_norms:
-            norms = on_processor(list(self._sq_norms.values())).reshape(len(self._sq_norms), self._examples).sum(1)
+            norms = on_processor(list(self._sq_norms.values())).sum(1)
             self._totals |= dict(zip(self._sq_norms, norms.tolist(), strict=True))
         sq_norms = self._received.sq_norms
         self._compare(sq_norms)
@@ -253,19 +251,10 @@ class Ledger:
         return image - received if image is not None and received is not None else received if image is None else image
 
 
-def _has_small_sum(contributions: Contributions) -> bool:
-    """Tell whether the sum of large contributions may be kept until the pass is over, for few calls.
-
-    It has no more numbers than the layer's input, which the pass usually frees next.
-    """
-    is_formed = is_accelerator(contributions.device) and contributions.are_formed
-    return is_formed and math.prod(contributions.shape) <= contributions.by_example.numel()
-
-
-def _is_few(contributions: Contributions) -> bool:
+def _is_few(contributions: Contributions, *, on_accelerator: bool) -> bool:
     """Tell whether contributions are so few that a call of their own would take longer than the work."""
     if not isinstance(contributions, Explicit):
         return False
-    if is_accelerator(contributions.device):
+    if on_accelerator:
         return contributions.values.numel() <= _ACCELERATOR_FEW_NUMBERS
     return contributions.output_gradients is None and contributions.values.numel() <= _FEW_NUMBERS

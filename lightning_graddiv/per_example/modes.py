@@ -38,9 +38,20 @@ def own_work() -> AbstractContextManager[None]:
     """Leave every mode for the block, and enter them again; build no graph."""
     if _len_torch_dispatch_stack() > 0:
         return _left_alone()
-    return torch.no_grad() if torch.is_grad_enabled() else _ALREADY  # the latter in most backward passes
+    return _WITHOUT_GRAPH if torch.is_grad_enabled() else _ALREADY  # the latter in most backward passes
 
 
+class _WithoutGraph:
+    """What ``torch.no_grad()`` does where a graph is built, in a tenth of the calls."""
+
+    def __enter__(self) -> None:
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_grad_enabled(True)
+
+
+_WITHOUT_GRAPH = _WithoutGraph()
 _ALREADY = nullcontext()
 
 

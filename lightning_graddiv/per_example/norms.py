@@ -44,9 +44,9 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
     On a processor in blocks: a float64 copy of a large gradient takes thirty times as long, and one float32 sum over a
     row of ten million entries is off by 7e-4. Where squares may leave float32's range, the copy after all.
     """
-    values = wide(real_view(values))
+    values = _summable(values)
     if _takes_blocks(values):
-        rows = values if values.ndim == 2 else values.reshape(len(values), -1)
+        rows = values if values.ndim == 2 else values.reshape(values.shape[0], -1)
         is_one_block = rows.shape[1] <= _BLOCK
         of_blocks = (_norms(rows) if is_one_block else _in_blocks(rows)).double().square_()
         sq_norms = of_blocks if is_one_block else of_blocks.sum(1)
@@ -60,7 +60,7 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
 
 def block_norms_of_rows(values: Tensor) -> Tensor:
     """Return norms of blocks of what each leading index holds, shape (n, blocks): their squares add up to its own."""
-    return _in_blocks(wide(real_view(values)).reshape(len(values), -1))
+    return _in_blocks(_summable(values).reshape(len(values), -1))
 
 
 def sq_norms_of_each_row(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -112,9 +112,14 @@ def sq_norm_of_each(tensors: Collection[Tensor], blocks: Mapping[int, Tensor] = 
         return torch.cat([sq_norm_of_each([of_one]) for of_one in listed])
     if is_accelerator(listed[0].device):
         return _with_one_call(listed) if len({tensor.dtype for tensor in listed}) == 1 else _by_type(listed)
-    large = {i: blocks[i] if i in blocks else block_norms(of) for i, of in enumerate(listed) if of.numel() > _SMALL}
-    parts = [large[i] if i in large else real_view(of) for i, of in enumerate(listed)]
-    found = sums_of_segments(flat(parts).double().square_(), [part.numel() for part in parts])
+    large, parts, lengths = {}, [], []
+    for i, of_one in enumerate(listed):
+        part, length = torch.view_as_real(of_one) if of_one.is_complex() else of_one, of_one.numel()
+        if length > _SMALL:
+            part = large[i] = blocks[i] if i in blocks else block_norms(of_one)
+        parts.append(part)
+        lengths.append(part.numel() if part is not of_one else length)
+    found = sums_of_segments(flat(parts).double().square_(), lengths)
     for i, of_blocks in large.items():
         # What is lost of a block whose squares vanish is at most 1e-35.
         is_safe = _SMALLEST_SAFE_SQUARE * len(of_blocks) < float(found[i]) < math.inf
@@ -164,8 +169,6 @@ def on_processor(numbers: Sequence[Tensor]) -> Tensor:
 
 def _are_safe(sq_norms: Tensor) -> bool:
     """Tell whether no square that went into these left float32's range."""
-    if sq_norms.numel() == 0:
-        return False
     smallest, largest = torch.aminmax(sq_norms)
     return float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf
 
@@ -201,6 +204,11 @@ def stored(gradient: Tensor) -> Tensor:
 def real_view(gradient: Tensor) -> Tensor:
     """Return a complex tensor's real and imaginary parts as entries of their own; a real tensor as it is."""
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def _summable(values: Tensor) -> Tensor:
+    """Return values whose squares can be added up: real, and in at least float32."""
+    return values if values.dtype in _WIDE else wide(real_view(values))
 
 
 def wide(values: Tensor) -> Tensor:

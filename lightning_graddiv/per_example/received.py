@@ -60,6 +60,10 @@ class Received:
     def __contains__(self, index: int) -> bool:
         return index in self._kept or index in self._images or index in self._known or index in self._complex
 
+    def is_large(self, index: int) -> bool:
+        """Tell whether a gradient was entered that was not kept."""
+        return index in self and index not in self._kept
+
     def add(self, index: int, gradient: Tensor, *, keep: bool) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has.
 

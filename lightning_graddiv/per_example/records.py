@@ -39,7 +39,7 @@ class Use:
     versions: tuple[int, ...] = field(init=False)
     output_gradients: tuple[Tensor | None, ...] = ()
     is_reached: bool = False
-    _found: dict[Layout, dict[str, Contributions]] = field(default_factory=dict, init=False)
+    _found: tuple[Layout, dict[str, Contributions]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.inputs = tuple([None if value is None else value.detach() for value in self.inputs])
@@ -48,8 +48,7 @@ class Use:
 
     def release(self) -> None:
         """Let go of the tensors, which the backward pass is about to free."""
-        self.inputs, self.output, self.output_gradients = (), None, ()
-        self._found.clear()
+        self.inputs, self.output, self.output_gradients, self._found = (), None, (), None
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -68,14 +67,14 @@ class Use:
         return self.gradient_dtype is not None
 
     def contributions(self, layout: Layout, examples: int) -> dict[str, Contributions]:
-        """Return what each example contributes to each parameter, in at least float32; formed once.
+        """Return what each example contributes to each parameter, in at least float32; formed once for all of them.
 
         Raises:
             MeasurementError: the input was changed after the call.
         """
-        if layout not in self._found:
-            self._found[layout] = self._form(Arrangement(layout, examples))
-        return self._found[layout]
+        if self._found is None or self._found[0] is not layout:
+            self._found = layout, self._form(Arrangement(layout, examples))
+        return self._found[1]
 
     def _form(self, arrangement: Arrangement) -> dict[str, Contributions]:
         if _versions(*self.inputs) != self.versions[: len(self.inputs)]:
