@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
 from lightning_graddiv.per_example.norms import block_norms_of_rows, sq_norms_of_rows
+from lightning_graddiv.per_example.products import matrix_vector, vector_matrix
 
 _MOST_CHUNKS = 2
 """On an accelerator, so many passes over a chunk of contributions cost less than the calls that would avoid them."""
@@ -50,8 +51,7 @@ class Probe:
 
     def image_of(self, gradient: Tensor) -> Tensor:
         """Return what a gradient takes the shared right side to, shape (o,): all that its projections need."""
-        image: Tensor = self._matrix(gradient) @ self.only_right
-        return image
+        return matrix_vector(self._matrix(gradient), self.only_right)
 
     @property
     def only_right(self) -> Tensor:
@@ -258,7 +258,7 @@ class Rows(Contributions):
     @override
     def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """|b a'|^2 = |b|^2 |a|^2."""
-        image: Tensor = self.output_gradients.T @ (self.inputs @ probe.only_right)
+        image = vector_matrix(matrix_vector(self.inputs, probe.only_right), self.output_gradients)
         of_b = sq_norms_of_rows(self.output_gradients) if self.shared is None else self.shared.sq_norms
         return sq_norms_of_rows(self.inputs) * of_b, image
 
@@ -330,7 +330,7 @@ class Outer(Contributions):
         if positions == 1:
             return Rows(self.inputs[:, 0], self.output_gradients[:, 0], self.shape).measure(probe)
         # Of the sum: sum_it b_it <a_it, right>
-        image: Tensor = self._b.rows.T @ (self._rows @ probe.only_right)
+        image = vector_matrix(matrix_vector(self._rows, probe.only_right), self._b.rows)
         size = max(1, chunk_bytes(self.device) // max(1, 8 * positions**2))
         parts = [self] if size >= n else [self.at(slice(start, start + size)) for start in range(0, n, size)]
         return torch.cat([part._by_gram() for part in parts]), image

@@ -24,7 +24,7 @@ _FEW = 2**15
 _SMALLEST_SAFE_SQUARE = 1e-24
 """Above it, squares that float32 rounds to zero do not count."""
 
-_WIDE = frozenset({torch.float32, torch.float64})
+WIDE = frozenset({torch.float32, torch.float64})
 """Types in which squares are added up as they are."""
 
 _NONE: Mapping[int, Tensor] = MappingProxyType({})
@@ -44,13 +44,14 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
     On a processor in blocks: a float64 copy of a large gradient takes thirty times as long, and one float32 sum over a
     row of ten million entries is off by 7e-4. Where squares may leave float32's range, the copy after all.
     """
-    values = _summable(values)
+    values = values if values.dtype in WIDE else wide(real_view(values))
     if _takes_blocks(values):
         rows = values if values.ndim == 2 else values.reshape(values.shape[0], -1)
         is_one_block = rows.shape[1] <= _BLOCK
-        of_blocks = (_norms(rows) if is_one_block else _in_blocks(rows)).double().square_()
+        of_blocks = (torch.linalg.vector_norm(rows, dim=1) if is_one_block else _in_blocks(rows)).double().square_()
         sq_norms = of_blocks if is_one_block else of_blocks.sum(1)
-        if _are_safe(sq_norms):
+        smallest, largest = torch.aminmax(sq_norms)
+        if float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf:
             return sq_norms
     entries = values if values.ndim > 1 else values.unsqueeze(1)
     dims = tuple(range(1, entries.ndim))
@@ -60,7 +61,7 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
 
 def block_norms_of_rows(values: Tensor) -> Tensor:
     """Return norms of blocks of what each leading index holds, shape (n, blocks): their squares add up to its own."""
-    return _in_blocks(_summable(values).reshape(len(values), -1))
+    return _in_blocks(wide(real_view(values)).reshape(len(values), -1))
 
 
 def sq_norms_of_each_row(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -167,12 +168,6 @@ def on_processor(numbers: Sequence[Tensor]) -> Tensor:
     return torch.stack([number if is_together else number.cpu() for number in numbers]).cpu()
 
 
-def _are_safe(sq_norms: Tensor) -> bool:
-    """Tell whether no square that went into these left float32's range."""
-    smallest, largest = torch.aminmax(sq_norms)
-    return float(smallest) > _SMALLEST_SAFE_SQUARE and float(largest) < math.inf
-
-
 def _takes_blocks(entries: Tensor) -> bool:
     return entries.numel() > _FEW and entries.dtype == torch.float32 and not is_accelerator(entries.device)
 
@@ -206,16 +201,11 @@ def real_view(gradient: Tensor) -> Tensor:
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
-def _summable(values: Tensor) -> Tensor:
-    """Return values whose squares can be added up: real, and in at least float32."""
-    return values if values.dtype in _WIDE else wide(real_view(values))
-
-
 def wide(values: Tensor) -> Tensor:
     """Return values in at least float32, in which they are summed whatever the parameters are kept in."""
-    return values if values.dtype in _WIDE else values.to(sum_dtype(values))
+    return values if values.dtype in WIDE else values.to(sum_dtype(values))
 
 
 def sum_dtype(values: Tensor) -> torch.dtype:
     """Return the type that :func:`wide` gives values."""
-    return values.dtype if values.dtype in _WIDE else torch.promote_types(values.dtype, torch.float32)
+    return values.dtype if values.dtype in WIDE else torch.promote_types(values.dtype, torch.float32)

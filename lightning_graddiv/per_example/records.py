@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout
-from lightning_graddiv.per_example.norms import sq_norms_of_each_row, wide
+from lightning_graddiv.per_example.norms import WIDE, sq_norms_of_each_row, wide
 from lightning_graddiv.per_example.received import Received
 
 
@@ -59,7 +59,10 @@ class Use:
     @property
     def gradient_dtype(self) -> torch.dtype | None:
         """Of the gradients; None where there are none."""
-        return next((gradient.dtype for gradient in self.output_gradients if gradient is not None), None)
+        for gradient in self.output_gradients:
+            if gradient is not None:
+                return gradient.dtype
+        return None
 
     @property
     def is_measurable(self) -> bool:
@@ -135,6 +138,6 @@ def _versions(*values: Tensor | None) -> tuple[int, ...]:
 
 
 def _as_autocast_has_it(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if value is None or not value.is_floating_point():
+    if value is None or (value.dtype == dtype and dtype in WIDE) or not value.is_floating_point():
         return value
     return wide(value if value.dtype == dtype else value.to(dtype))

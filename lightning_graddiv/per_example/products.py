@@ -1,0 +1,35 @@
+"""Products of large matrices and vectors, on all threads of a processor: libraries compute them on one."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_graddiv.per_example.devices import is_accelerator
+
+_FEW = 2**18
+"""Entries of a matrix that one thread has read by the time another has begun."""
+
+
+def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return ``matrix @ vector``, shape (rows,); the threads share the rows."""
+    pieces = _pieces(matrix)
+    if pieces == 1:
+        return matrix @ vector
+    shared = vector.expand(pieces, 1, -1)
+    return torch.bmm(shared, matrix.unflatten(0, (pieces, -1)).mT).flatten()
+
+
+def vector_matrix(vector: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``vector @ matrix``, shape (columns,); the threads share the rows."""
+    pieces = _pieces(matrix)
+    if pieces == 1:
+        return vector @ matrix
+    return torch.bmm(vector.view(pieces, 1, -1), matrix.unflatten(0, (pieces, -1))).sum((0, 1))
+
+
+def _pieces(matrix: Tensor) -> int:
+    """Return into how many equal pieces the rows are divided."""
+    if matrix.numel() < _FEW or is_accelerator(matrix.device) or not matrix.is_contiguous():
+        return 1
+    return math.gcd(matrix.shape[0], torch.get_num_threads())
