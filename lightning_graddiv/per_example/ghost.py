@@ -117,7 +117,7 @@ class GhostRecorder:
         self.uses = []
         self._examples = examples
         self._calls: dict[int, int] = defaultdict(int)
-        self._ledger.clear(examples)
+        self._ledger.begin(examples)
         self._noted: set[tuple[torch.dtype, torch.device]] = set()
         self._error: Exception | None = None
         self._is_awaiting_end = False

@@ -58,10 +58,10 @@ class Ledger:
         self._measured = measured
         self._keeps_local = keeps_local
         self._keeps_norms = keeps_norms
-        self.clear()
+        self.begin(0)
 
-    def clear(self, examples: int = 0) -> None:
-        """Begin a pass of so many examples."""
+    def begin(self, examples: int) -> None:
+        """Begin a pass of so many examples; let go of what was entered before."""
         self.misses: dict[int, str] = {}
         self._examples = examples
         self._sq_norms: dict[int, Tensor] = {}
@@ -223,8 +223,9 @@ class Ledger:
         if not math.isfinite(total):
             raise MeasurementError("The step's gradients are not finite.")
         relative, of_all = _ROUNDING[self._digits]
+        least = of_all * math.sqrt(total)
         for index, error in self._errors(indices).items():
-            if not error <= relative * math.sqrt(scales[index]) + of_all * math.sqrt(total):
+            if not error <= relative * math.sqrt(scales[index]) + least:
                 reason = "it is used outside of its layer" if index in own else "no layer with a rule uses it"
                 self.misses.setdefault(index, reason)
 
