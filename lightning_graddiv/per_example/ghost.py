@@ -224,7 +224,8 @@ class GhostRecorder:
             handle.remove()
         self._handles = []
         self._unsharded = set()
-        self._clear()
+        if self._examples > 0 or self.uses or self._passing:
+            self._clear()
 
     def begin(self, examples: int) -> None:
         """Expect a forward and backward pass of so many examples."""

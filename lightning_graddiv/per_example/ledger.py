@@ -91,7 +91,7 @@ class Ledger:
         if index in self._sq_norms or index in self._waiting or index in self._block_norms:
             self.misses[index] = "it was used more often than before"
             return
-        on_accelerator, are_formed = is_accelerator(contributions.device), contributions.are_formed
+        on_accelerator, are_formed = is_accelerator(self._parameters[index].device), contributions.are_formed
         is_vector = index in self._directions.vectors
         # Whether the sum is there for nothing, and so will the gradient be, is known before it comes by.
         if index in self._directions.small:

@@ -15,6 +15,9 @@ from lightning_graddiv.per_example.devices import is_accelerator
 _BLOCK = 1024
 """Entries whose squares are added in float32."""
 
+_FEWEST_IN_BLOCK = 64
+"""Entries of a row that is a block of its own."""
+
 _SMALL = 2**14
 """Entries up to which a float64 copy takes less time than a call of its own."""
 
@@ -82,6 +85,8 @@ def sq_norms_of_each_row(parts: Sequence[Tensor]) -> list[Tensor]:
 def block_norms(tensor: Tensor) -> Tensor:
     """Return norms that make up that of a tensor, of blocks of its entries; see :func:`sq_norm_of_each`."""
     tensor = wide(tensor)
+    if tensor.ndim == 2 and _FEWEST_IN_BLOCK <= tensor.shape[1] <= _BLOCK and _takes_blocks(tensor):
+        return _norms(tensor)
     if not _takes_blocks(tensor):
         whole: Tensor = torch.linalg.vector_norm(real_view(tensor), dtype=torch.float64)
         return whole.view(1)
@@ -90,7 +95,8 @@ def block_norms(tensor: Tensor) -> Tensor:
 
 def differences_of(some: Collection[Tensor], others: Collection[Tensor]) -> Sequence[Tensor]:
     """Return the differences between pairs of tensors with as many entries: with one call where that is possible."""
-    ones = [one.reshape(other.shape) for one, other in zip(some, others, strict=True)]
+    pairs = zip(some, others, strict=True)
+    ones = [one if one.shape == other.shape else one.reshape(other.shape) for one, other in pairs]
     return torch._foreach_sub(ones, list(others)) if ones else []
 
 

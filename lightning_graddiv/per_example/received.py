@@ -117,21 +117,20 @@ class Received:
             elif index in known:
                 self._mark(index, gradient)
             elif index not in keep and index not in self._images:
-                self._take_image(index, gradient)
+                self._images[index] = self._directions.probe(index).image_of(dense(gradient))
+                self._mark(index, gradient)
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
-        self.blocks[index] = block_norms(dense(gradient))
-        self._take_image(index, gradient)
+        whole = dense(gradient)
+        self.blocks[index] = block_norms(whole)
+        self._images[index] = self._directions.probe(index).image_of(whole)
+        self._mark(index, gradient)
 
     def look_again(self, index: int) -> None:
         """Forget a part of a gradient, as a re-entrant checkpoint gives it: :meth:`add_all` will look at the whole."""
         for looked_at in (self.blocks, self._images, self._marks):
             looked_at.pop(index, None)
-
-    def _take_image(self, index: int, gradient: Tensor) -> None:
-        self._images[index] = self._directions.probe(index).image_of(dense(gradient))
-        self._mark(index, gradient)
 
     def _mark(self, index: int, gradient: Tensor) -> None:
         """Remember where a gradient is; a sparse one is not recognised."""
