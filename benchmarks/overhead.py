@@ -27,6 +27,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lightning as L
@@ -388,26 +389,40 @@ def backpack(task: Task, net: nn.Module, x: Tensor, y: Tensor, extension: str, a
 
 def bare(task: Task, quick: bool, device: str = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the time of each contestant."""
-    seconds = interleaved(contestants(task, device, only), 15 if quick else 45)
-    return {name: {**spread(s), "over_plain": ratio(s, seconds["plain step"])} for name, s in seconds.items()}
+    timed = interleaved(contestants(task, device, only), 15 if quick else 45)
+    return {
+        name: {
+            **spread([own for own, _ in pairs]),
+            "over_plain": statistics.median(own / plain for own, plain in pairs),
+        }
+        for name, pairs in timed.items()
+    }
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
-    """Time each in turn; those that take long, less often."""
-    seconds: dict[str, Seconds] = {name: [] for name in runs}
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Time each after a plain step, as in training, which both see the same moment of the machine and of its caches.
+
+    Each time in another order, since whoever follows one of its kind finds its code at hand; those that take long, less
+    often.
+
+    Returns:
+        For each its seconds and those of the plain step before.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    order = Random(0)
     for repeat in range(repeats):
-        for name, run in runs.items():
-            if repeat >= 5 and seconds[name][0] > 4 * seconds["plain step"][0]:
+        for name in order.sample(list(runs), len(runs)):
+            if repeat >= 5 and found[name][0][0] > 4 * found[name][0][1]:
                 continue
-            start = now()
-            run()
-            seconds[name].append(now() - start)
-    return seconds
+            plain, own = timed(runs["plain step"]), timed(runs[name])
+            found[name].append((own, plain))
+    return found
 
 
-def ratio(seconds: Seconds, plain: Seconds) -> float:
-    """Return the middle one of the ratios within a round, in which both saw the same moment of the machine."""
-    return statistics.median(s / p for s, p in zip(seconds, plain, strict=False))
+def timed(run: Callable[[], Any]) -> float:
+    start = now()
+    run()
+    return now() - start
 
 
 def calls(task: Task) -> dict[str, int]:
