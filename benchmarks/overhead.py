@@ -275,7 +275,7 @@ def kernels_alone(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[
         step()
         with torch.no_grad():
             for use in uses:
-                use._found.clear()
+                use._found = None
                 for name, contributions in use.contributions(Layout.FIRST, len(x)).items():
                     contributions.measure(directions.probe(use.parameters[name]))
             get_total_norm([parameter.grad for parameter in parameters])
