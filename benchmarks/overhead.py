@@ -3,7 +3,7 @@
     python benchmarks/overhead.py [--quick] [--models MLP,GPT] [--device cuda] [--out benchmarks/results]
 
 Steps are measured inside a real Trainer, every second one, so that measured and plain steps share each moment of the
-machine; steps that are preceded by checks are told apart. The engines run on the bare network, interleaved, and each
+machine; steps that are preceded by checks are told apart. The engines run on the bare network, in turn, and each
 gives what B_S needs: the squared norms of the examples' gradients, and that of their sum. Writes overhead.json (one for
 each kind of device); benchmarks/performance.py makes the tables of docs/performance.md from it. Rivals: the extra
 `bench`.

@@ -445,6 +445,25 @@ class TestProtections:
             rho_of(*contributions(net, module.loss, module.steps[-1]))[0], abs=EXACT
         )
 
+    def test_a_layer_that_another_is_put_in_the_place_of_costs_one_measurement(self):
+        """Layers are looked for when they are proven; here another holds the same parameters, and is not watched."""
+
+        class Replacing(Witness):
+            def on_train_batch_start(self, batch, batch_idx):
+                super().on_train_batch_start(batch, batch_idx)
+                if len(self.steps) == 6:  # no check is due there
+                    old, new = self.net.body[6], nn.Linear(30, 4)
+                    new.weight, new.bias = old.weight, old.bias
+                    self.net.body[6] = new
+
+        module, monitor = Replacing(Convolutional()), Collector()
+        with warned("is not what it was when it was last checked"):
+            trained(module, monitor=monitor, data=signals(64))
+        assert len(monitor.probes) == 7
+        assert monitor.coverages == [1.0] * 7
+        del module.steps[5]
+        assert worst_error(monitor.probes, module) < EXACT
+
     def test_mixing_is_found_by_its_own_probe(self):
         def neighbours(net, batch):
             """An example alone has no neighbour, and a gradient all the same."""

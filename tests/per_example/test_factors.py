@@ -7,7 +7,7 @@ import torch
 
 from lightning_graddiv.per_example import devices
 from lightning_graddiv.per_example.directions import Directions
-from lightning_graddiv.per_example.factors import Explicit, Lookup, Outer, OutputGradients, Probe, Total, added
+from lightning_graddiv.per_example.factors import Explicit, Lookup, Outer, OutputGradients, Probe, Rows, Total, added
 
 N = 5
 
@@ -40,8 +40,14 @@ def total(*parts):
     return Total(tuple(part for part, _ in parts)), sum(formed for _, formed in parts)
 
 
+def rows(fan_in, fan_out):
+    a, b = normal(N, fan_in), normal(N, fan_out)
+    return Rows(a, b, torch.Size((fan_out, fan_in))), torch.einsum("no,ni->noi", b, a)
+
+
 ONE_POSITION = {
     "one position": lambda: outer(1, 4, 3),
+    "rows": lambda: rows(4, 3),
 }
 FEW_POSITIONS = {
     "few positions": lambda: outer(3, 8, 9),
@@ -144,7 +150,7 @@ def refuse(*_):
 @pytest.mark.parametrize("name", [*ONE_POSITION, *FEW_POSITIONS, *LOOKUPS, *TABLES_WITH_A_HEAD])
 def test_contributions_are_not_formed_where_that_costs_more(name, monkeypatch):
     contributions, formed = build(name)
-    for kind in (Outer, Lookup, Total):
+    for kind in (Outer, Rows, Lookup, Total):
         monkeypatch.setattr(kind, "explicit", refuse)
     assert_measures(contributions, formed)
 
@@ -198,6 +204,8 @@ def test_what_cancels_has_a_norm_of_zero_up_to_rounding_and_never_less(name):
 
 USES = {
     "linear maps": (FEW_POSITIONS["few positions"], lambda: outer(1, 8, 9)),
+    "linear maps of rows": (lambda: rows(8, 9), lambda: outer(2, 8, 9), lambda: rows(8, 9)),
+    "tables and heads of rows": (lambda: lookup(5, 9, 4), lambda: rows(4, 9)),
     "tables": (LOOKUPS["a table"], LOOKUPS["a table at one position"]),
     "biases": (OTHERS["a bias"],) * 2,
     "tables and heads": (
@@ -221,16 +229,16 @@ def test_several_uses_of_a_parameter_are_added_up_before_the_norm(name):
         torch.testing.assert_close(use.explicit(), alone, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear maps", "tables", "tables and heads"])
+@pytest.mark.parametrize("name", [name for name in USES if name not in {"biases", "every kind"}])
 def test_several_uses_are_not_formed_to_be_added_up(name, monkeypatch):
     torch.manual_seed(0)
     uses, formed = zip(*(make() for make in USES[name]), strict=True)
-    for kind in (Outer, Lookup, Total):
+    for kind in (Outer, Rows, Lookup, Total):
         monkeypatch.setattr(kind, "explicit", refuse)
     assert_measures(added(uses), sum(formed))
 
 
-@pytest.mark.parametrize("name", ["few positions", "a table", "a bias", "a table and its head"])
+@pytest.mark.parametrize("name", ["few positions", "rows", "a table", "a bias", "a table and its head"])
 def test_a_single_use_is_left_as_it_is(name):
     contributions, formed = build(name)
     assert type(added([contributions])) is type(contributions)

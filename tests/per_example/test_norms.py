@@ -60,6 +60,7 @@ TENSORS = {
     "whole blocks": [drawn(64, 1024), drawn(1024, 48)],
     "a last block that is not full": [drawn(333, 1001), drawn(_FEW + 1)],
     "few entries": [drawn(5), drawn(3, 2), drawn()],
+    "none": [drawn(0), drawn(5), drawn(0, 3)],
     "few and many": [drawn(5), drawn(_FEW + 7), drawn(5000)],
     "too small and too large for float32": [drawn(_FEW + 5, scale=1e-30), drawn(_FEW + 5, scale=1e25), drawn(_FEW + 1)],
     "zeros among others": [torch.cat([torch.zeros(40, 1024), drawn(40, 1024)]), torch.zeros(_FEW + 1)],
