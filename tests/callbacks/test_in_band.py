@@ -49,6 +49,18 @@ def test_in_float64_to_the_last_digits():
     assert worst_error(monitor.probes, module) < 1e-12
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_with_weights_too_large_to_be_kept(accumulate):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 2000), nn.Tanh(), nn.Linear(2000, 40), nn.Tanh(), nn.Linear(40, 4))
+    module = Witness(net.double())
+    data = signals(16, dtype=torch.float64)
+    monitor = trained(module, data, precision="64-true", accumulate_grad_batches=accumulate)
+    assert worst_error(monitor.probes, module) < 1e-12
+    module = Witness(net.float())
+    monitor = trained(module, signals(16), accumulate_grad_batches=accumulate)
+    assert worst_error(monitor.probes, module) < EXACT
+
+
 def test_over_the_whole_accumulation_window():
     module = Witness(Convolutional())
     monitor = trained(module, accumulate_grad_batches=3)
