@@ -19,6 +19,7 @@ class _Probe:
     examples_seen: float
 
     def is_before_drop_to(self, learning_rate: float) -> bool:
+        """Tell whether the learning rate has been halved since, at least."""
         # The tolerance is for schedulers that multiply their way to one half. At a rate of 0 nothing moves.
         return self.learning_rate > 0 and self.learning_rate >= 2 * learning_rate * (1 - 1e-9)
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
 from lightning_graddiv.per_example.norms import block_norms_of_rows, sq_norms_of_rows
@@ -222,15 +222,8 @@ class Explicit(Contributions):
 
 
 @dataclass(eq=False)
-class Rows(Contributions):
-    """``c_i = b_i a_i'``: the weight of a linear map, each row of whose input is an example.
-
-    Attributes:
-        inputs: a, shape (n, in).
-        output_gradients: b, shape (n, out).
-        shape: of the weight, (out, in).
-        shared: b, where another parameter is multiplied with it too.
-    """
+class _OfLinearMap(Contributions):
+    """The weight of a linear map: products of what went in, a, and the gradients of what came out, b."""
 
     inputs: Tensor
     output_gradients: Tensor
@@ -243,8 +236,22 @@ class Rows(Contributions):
         return self.inputs
 
     @override
-    def at(self, examples: slice) -> "Rows":
-        return Rows(self.inputs[examples], self.output_gradients[examples], self.shape)
+    def at(self, examples: slice) -> Self:
+        return replace(
+            self, inputs=self.inputs[examples], output_gradients=self.output_gradients[examples], shared=None
+        )
+
+
+@dataclass(eq=False)
+class Rows(_OfLinearMap):
+    """``c_i = b_i a_i'``: the weight of a linear map, each row of whose input is an example.
+
+    Attributes:
+        inputs: a, shape (n, in).
+        output_gradients: b, shape (n, out).
+        shape: of the weight, (out, in).
+        shared: b, where another parameter is multiplied with it too.
+    """
 
     @override
     def explicit(self) -> Tensor:
@@ -285,7 +292,7 @@ def forming_is_cheaper(examples: int, positions: int, fan_in: int, fan_out: int,
 
 
 @dataclass(eq=False)
-class Outer(Contributions):
+class Outer(_OfLinearMap):
     """``c_i = sum_t b_it a_it'``: the weight of a linear map that example i goes through at T positions.
 
     Attributes:
@@ -294,20 +301,6 @@ class Outer(Contributions):
         shape: of the weight, (out, in).
         shared: b, where another parameter is multiplied with it too.
     """
-
-    inputs: Tensor
-    output_gradients: Tensor
-    shape: torch.Size
-    shared: OutputGradients | None = None
-
-    @property
-    @override
-    def by_example(self) -> Tensor:
-        return self.inputs
-
-    @override
-    def at(self, examples: slice) -> "Outer":
-        return Outer(self.inputs[examples], self.output_gradients[examples], self.shape)
 
     @override
     def explicit(self) -> Tensor:

@@ -38,6 +38,7 @@ def functional_rows(loss: StepLoss, values: Sequence[Tensor], batch: Any, total:
     mapped = [has_row_per_example(leaf, total) for leaf in leaves]
 
     def loss_of_one(values: Sequence[Tensor], *rows: Tensor) -> Tensor:
+        """Return the loss of a batch that holds one example."""
         alone = [row.unsqueeze(0) if one else row for row, one in zip(rows, mapped, strict=True)]
         return loss.at(values, replace_leaves(batch, alone))
 

@@ -98,6 +98,7 @@ def ghost_pass(
     with recorder, ExitStack() as after:
 
         def watch(module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:
+            """Record the pass that begins, and let go of gradients that nobody asked for."""
             recorder.attach(module, stand_ins)
             recorder.begin(total)
             if not keeps_gradients:  # by hooks that come after the recorder's
@@ -206,6 +207,7 @@ class _Wanted:
 
     @classmethod
     def of(cls, sample: Sample, index: int) -> "_Wanted":
+        """Weigh what a parameter received from each example alone as in the batch."""
         projections = sample.weights[:, None] * sample.alone.projections[:, index]
         return cls(sample.sketcher, projections, sample.weights.abs() * sample.alone.sq_norms[:, index].sqrt())
 

@@ -139,6 +139,7 @@ def recurrent_layer(
     found: dict[str, Contributions] = {}
 
     def arranged(values: Tensor) -> Tensor:
+        """Return values of shape (T, n, ...) as (n, T, ...)."""
         return arrange(values.transpose(0, 1) if layer.batch_first else values, 2)
 
     stack = _Stack(layer, RecurrentCall.of(layer, row))

@@ -139,6 +139,7 @@ def mixes_by_normalisation_only(loss: StepLoss, batch: Any, total: int) -> bool:
     """Tell whether batch normalisation mixes the examples and nothing else does: with its statistics held still."""
 
     def hold_still(module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:  # noqa: ARG001
+        """Let batch normalisation take the statistics it keeps rather than those of the batch."""
         for layer in module.modules():
             if mixes_examples(layer):
                 layer.eval()

@@ -95,6 +95,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 def _refusal(name: str) -> Any:
     def refuse(*_: Any, **__: Any) -> NoReturn:
+        """Stand in for what cannot be called for one example alone."""
         kind = CouplingError if name == "all_gather" else MeasurementError
         raise kind(
             f"training_step calls `self.{name}`, so it cannot be run on one example alone: "

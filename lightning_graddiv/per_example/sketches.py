@@ -75,6 +75,7 @@ class Sketcher:
         found: dict[int, tuple[Tensor, Tensor]] = {}
 
         def draw(index: int, gradient: Tensor) -> None:
+            """Keep a gradient's numbers, not the gradient."""
             found[index] = self._drawn(index, gradient)
 
         with gradients_let_go(self._parameters, draw):
@@ -101,7 +102,10 @@ def gradients_let_go(parameters: Sequence[Tensor], look: Callable[[int, Tensor],
     """Look at gradients that nobody else asks for, one at a time: together they take as much memory as the weights."""
 
     def taken(index: int) -> Callable[[Tensor], Tensor | None]:
+        """Return a hook for one parameter."""
+
         def take(gradient: Tensor) -> Tensor | None:
+            """Look at a gradient, and give zeros that take no memory in its place."""
             with own_work():
                 look(index, gradient.detach())
                 return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
