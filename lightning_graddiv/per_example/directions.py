@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_graddiv.per_example.factors import DIRECTIONS, Probe
-from lightning_graddiv.per_example.norms import flat, sum_dtype, sums_of_segments
+from lightning_graddiv.per_example.norms import flat, sum_dtype
 
 _SMALL = 2**16
 """Parameters of up to so many numbers are kept until a pass is over and handled together: one by one, the calls would
 take longer than the work."""
-
-_FEW = 8
-"""Products that take no longer one by one."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 by the golden ratio: its multiples, modulo 2^64, spread consecutive seeds evenly over a pool of any size."""
@@ -93,56 +90,33 @@ class Directions:
         found = self._probes.get(index)
         if found is None:
             parameter, (start, middle, end) = self._parameters[index], self._places[index]
-            left, right = self._numbers[:, start:middle], self._numbers[: self._rights, middle:end]
-            # One number on the right would be a factor of all directions, which may be next to nothing.
-            right = torch.ones_like(right) if end - middle == 1 else right
+            left = self._numbers.narrow(1, start, middle - start)
+            right = self._numbers.narrow(1, middle, end - middle)
+            right = right.narrow(0, 0, self._rights)
+            if end - middle == 1:  # one number would be a factor of all directions, and may be next to nothing
+                right = torch.ones_like(right)
             if (parameter.dtype, parameter.device) != (left.dtype, left.device):
                 where, dtype = parameter.device, sum_dtype(parameter)
                 left, right = left.to(where, dtype), right.to(where, dtype)
             found = self._probes[index] = Probe(left, right)
         return found
 
+    def image_of(self, index: int, gradient: Tensor) -> Tensor:
+        """Return what a gradient takes the right side to (:meth:`.Probe.image_of`), shape (o,); a vector is its own."""
+        return gradient if index in self.vectors else self.probe(index).image_of(gradient)
+
     def of(self, gradients: Mapping[int, Tensor]) -> Tensor:
         """Return the projections of dense real gradients, by index, taken together: shape (p,), float64."""
-        total = self.of_vectors({i: gradient for i, gradient in gradients.items() if i in self.vectors})
-        for index in gradients.keys() - self.vectors:
-            total += self.probe(index).of(gradients[index]).cpu()
+        return self.of_images({index: self.image_of(index, gradient) for index, gradient in gradients.items()})
+
+    def of_images(self, images: Mapping[int, Tensor]) -> Tensor:
+        """Return the same of gradients that were taken by their images, in one product for each device."""
+        total = torch.zeros(self._count, dtype=torch.float64, device="cpu")
+        for device in {image.device for image in images.values()}:
+            here = {index: image for index, image in images.items() if image.device == device}
+            left, image = torch.cat([self.probe(index).left for index in here], 1), flat(here.values())
+            total += (left @ image.to(left.dtype)).double().cpu()
         return total
-
-    def of_vectors(self, gradients: Mapping[int, Tensor]) -> Tensor:
-        """Return the same for some of :attr:`vectors`, in one product."""
-        if not gradients:
-            return torch.zeros(DIRECTIONS, dtype=torch.float64, device="cpu")
-        directions = torch.cat([self.probe(index).left for index in gradients], 1)
-        return (directions @ flat(gradients.values()).to(directions.dtype)).double().cpu()
-
-    def of_images(self, images: Mapping[int, Tensor], indices: Sequence[int]) -> Tensor:
-        """Return the projections of gradients by what they take the shared right sides to (:meth:`.Probe.image_of`).
-
-        Args:
-            images: of each gradient, shape (o,), by index.
-            indices: of the gradients asked for. Those without an image are zero.
-
-        Returns:
-            Tensor of shape (len(indices), p), float64, on the processor.
-        """
-        asked = {index: images[index] for index in indices if index in images}
-        devices = {image.device for image in asked.values()}
-        if len(devices) == 1 and len(asked) == len(indices):
-            return self._of_images_on_one_device(asked).cpu()
-        found = torch.zeros(len(indices), self._count, dtype=torch.float64, device="cpu")
-        for device in devices:
-            here = {index: image for index, image in asked.items() if image.device == device}
-            places = [place for place, index in enumerate(indices) if index in here]
-            found[places] = self._of_images_on_one_device(here).cpu()
-        return found
-
-    def _of_images_on_one_device(self, images: Mapping[int, Tensor]) -> Tensor:
-        left = [self.probe(index).left for index in images]
-        if len(images) <= _FEW:
-            return torch.stack([of_one @ image for of_one, image in zip(left, images.values(), strict=True)]).double()
-        products = torch.cat(left, 1).T.double() * flat(images.values()).double()[:, None]
-        return sums_of_segments(products, [len(image) for image in images.values()])
 
     @cached_property
     def _numbers(self) -> Tensor:

@@ -38,10 +38,14 @@ class Probe:
     Attributes:
         left: shape (p, o).
         right: shape (p, numel / o), or (1, numel / o) for all.
+        only_right: that which all directions share, shape (numel / o,).
     """
 
     left: Tensor
     right: Tensor
+
+    def __post_init__(self) -> None:
+        self.only_right = self.right[0]
 
     def of(self, gradient: Tensor) -> Tensor:
         """Return the projections of a gradient, shape (p,), float64."""
@@ -52,11 +56,6 @@ class Probe:
     def image_of(self, gradient: Tensor) -> Tensor:
         """Return what a gradient takes the shared right side to, shape (o,): all that its projections need."""
         return matrix_vector(self._matrix(gradient), self.only_right)
-
-    @property
-    def only_right(self) -> Tensor:
-        """The right side that all directions share, shape (numel / o,)."""
-        return self.right[0]
 
     def _matrix(self, gradient: Tensor) -> Tensor:
         shape = self.left.shape[1], self.right.shape[1]

@@ -33,8 +33,9 @@ _ACCELERATOR_FEW_NUMBERS = 2**20
 class Ledger:
     """Enters contributions and gradients as a backward pass gives them, and balances them in the end.
 
-    Small parameters, which are many, are compared entry by entry and all at once, where the sum of the contributions
-    costs nothing; the others in random directions. So are large ones on an accelerator, where all come at the end.
+    Small parameters, which are many, are compared entry by entry, where the sum of the contributions costs nothing; so
+    are large ones on an accelerator, where all come at the end. Of the others is compared what they take a random
+    vector r to: ``|D r|^2`` is ``|D|^2`` on average, for the difference D of two matrices (Freivalds' check).
 
     Args:
         parameters: all parameters.
@@ -157,8 +158,10 @@ class Ledger:
     def _read_at_once(self, gradients: Mapping[int, Tensor]) -> dict[int, float]:
         """Return the gradients' squared norms; with the same call enter all other norms that can be taken by now."""
         real = {index: stored(gradient) for index, gradient in gradients.items() if not gradient.is_complex()}
-        compared, parts = {i: total for i, total in self._sums.items() if i in real}, self._parts
-        differences = differences_of(compared.values(), [dense(gradients[index]) for index in compared])
+        images = {i: self._received.take_image(i, gradients[i]) for i in self._images if i in real}
+        compared = {i: own for i, own in (self._sums | self._images).items() if i in real}
+        observed = [images[i] if i in images else dense(gradients[i]) for i in compared]
+        differences, parts = differences_of(compared.values(), observed), self._parts
         blocks = self._received.blocks
         known = {len(compared) + place: blocks[index] for place, index in enumerate(real) if index in blocks}
         norms = sq_norm_of_each([*differences, *real.values(), *parts.values()], known).tolist()
@@ -224,32 +227,29 @@ class Ledger:
             raise MeasurementError("The step's gradients are not finite.")
         relative, of_all = _ROUNDING[self._digits]
         least = of_all * math.sqrt(total)
-        for index, error in self._errors(indices).items():
+        errors = self._errors([index for index in indices if index in own])
+        for index in indices:
+            error = errors[index] if index in own else math.sqrt(received[index])
             if not error <= relative * math.sqrt(scales[index]) + least:
                 reason = "it is used outside of its layer" if index in own else "no layer with a rule uses it"
                 self.misses.setdefault(index, reason)
 
     def _errors(self, indices: Sequence[int]) -> dict[int, float]:
         """Return how far the sums of contributions are from the gradients."""
-        errors = {index: self._distances[index] for index in indices if index in self._distances}
-        kept = {i: self._received.entries(i) for i in indices if i in self._sums and i not in errors}
-        entries = {index: gradient for index, gradient in kept.items() if gradient is not None}
-        if entries:
-            found = distances(list(entries.values()), [self._sums[index] for index in entries])
-            errors |= dict(zip(entries, found, strict=True))
-        others = [index for index in indices if index not in errors]
-        if others:
-            images = ((index, self._image_of_difference(index)) for index in others)
-            projected = self._directions.of_images({i: image for i, image in images if image is not None}, others)
-            errors |= dict(zip(others, projected.abs().amax(1).tolist(), strict=True))
-        return errors
+        pairs = {index: self._pair(index) for index in indices if index not in self._distances}
+        if not pairs:
+            return self._distances
+        own, received = zip(*pairs.values(), strict=True)
+        return self._distances | dict(zip(pairs, distances(own, received), strict=True))
 
-    def _image_of_difference(self, index: int) -> Tensor | None:
-        """Return the image of what the examples contribute, without that of what was received; None of nothing."""
-        image, received = self._images.get(index), self._received.image(index)
-        if image is None and index in self._sums:
-            image = self._directions.probe(index).image_of(self._sums[index])
-        return image - received if image is not None and received is not None else received if image is None else image
+    def _pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return what the examples contribute and what was received; or what both take the random vector to."""
+        own, received = self._sums.get(index), self._received.entries(index)
+        if own is None:
+            own, received = self._images[index], self._received.image(index)
+        elif received is None:
+            own, received = self._directions.probe(index).image_of(own), self._received.image(index)
+        return own, torch.zeros_like(own) if received is None else received
 
 
 def _is_few(contributions: Contributions, *, on_accelerator: bool) -> bool:

@@ -116,16 +116,21 @@ class Received:
                 self.add_complex(index, gradient)
             elif index in known:
                 self._mark(index, gradient)
-            elif index not in keep and index not in self._images:
-                self._images[index] = self._directions.probe(index).image_of(dense(gradient))
-                self._mark(index, gradient)
+            elif index not in keep:
+                self.take_image(index, gradient)
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
-        whole = dense(gradient)
-        self.blocks[index] = block_norms(whole)
-        self._images[index] = self._directions.probe(index).image_of(whole)
-        self._mark(index, gradient)
+        self.blocks[index] = block_norms(dense(gradient))
+        self.take_image(index, gradient)
+
+    def take_image(self, index: int, gradient: Tensor) -> Tensor:
+        """Return the image of a gradient of which :meth:`add_all` will be told; it is kept instead of the gradient."""
+        image = self._images.get(index)
+        if image is None:
+            image = self._images[index] = self._directions.probe(index).image_of(dense(gradient))
+            self._mark(index, gradient)
+        return image
 
     def look_again(self, index: int) -> None:
         """Forget a part of a gradient, as a re-entrant checkpoint gives it: :meth:`add_all` will look at the whole."""
@@ -153,8 +158,8 @@ class Received:
             return self._sq_norms
         kept = {index: entries for index, entries in self._kept.items() if index not in self._sq_norms}
         large = {index: norm for index, norm in self._norms.items() if index not in self._sq_norms}
-        if not self._keeps_norms:  # a projection's square is about that of the norm
-            large = dict(zip(self._images, self._projected.square().mean(1), strict=True))
+        if not self._keeps_norms:  # an image's norm is about that of the gradient
+            large = dict(zip(self._images, sq_norm_of_each(self._images.values()), strict=True))
         norms = [sq_norm_of_each(kept.values()), *(on_processor(list(of.values())) for of in (large, self._complex))]
         found = zip([*kept, *large, *self._complex], torch.cat(norms).tolist(), strict=True)
         return dict(found) | self._sq_norms
@@ -171,16 +176,12 @@ class Received:
     def image(self, index: int) -> Tensor | None:
         """Return what a gradient takes the shared right side of its directions to; None if there is none."""
         kept = self._kept.get(index)
-        return self._images.get(index) if kept is None else self._directions.probe(index).image_of(kept)
+        return self._images.get(index) if kept is None else self._directions.image_of(index, kept)
 
     def projections(self) -> Tensor:
         """Return the projections of all gradients together, shape (p,), float64, on the processor."""
-        return self._projected.sum(0) + self._directions.of(self._kept | self._known)
-
-    @cached_property
-    def _projected(self) -> Tensor:
-        """Of each large gradient, shape (large ones, p), float64, on the processor; when all have been entered."""
-        return self._directions.of_images(self._images, list(self._images))
+        images = {i: self._directions.image_of(i, entries) for i, entries in (self._kept | self._known).items()}
+        return self._directions.of_images(self._images | images)
 
     def is_still(self, gradients: Sequence[Tensor | None]) -> bool:
         """Tell whether the parameters' gradients are these, and nothing was done to them since.
