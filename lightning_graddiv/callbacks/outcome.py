@@ -211,7 +211,7 @@ def applied_sq_norms(parameters: Sequence[nn.Parameter]) -> list[float]:
     """Return this process's part of |gradient|^2 of each parameter: they add up over the processes."""
     parts = [_part(parameter.grad) for parameter in parameters]
     norms = sq_norm_of_each([gradient for gradient, _ in parts])
-    return [norm / copies for norm, (_, copies) in zip(norms.tolist(), parts, strict=True)]
+    return [norm / copies for norm, (_, copies) in zip(norms, parts, strict=True)]
 
 
 def _part(gradient: Any) -> tuple[Tensor, int]:

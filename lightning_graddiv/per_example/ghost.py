@@ -27,7 +27,7 @@ from lightning_graddiv.per_example.directions import Directions, Spaces
 from lightning_graddiv.per_example.factors import Contributions, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
-from lightning_graddiv.per_example.modes import own_work
+from lightning_graddiv.per_example.modes import as_own_work
 from lightning_graddiv.per_example.norms import dense
 from lightning_graddiv.per_example.precision import rounds_products
 from lightning_graddiv.per_example.records import Recorded, Use
@@ -38,6 +38,10 @@ Layouts = Mapping[tuple[int, int], Layout]
 
 WatchedLayer = tuple[nn.Module, LayerType, dict[str, int]]
 """A layer, what is known of its type, and which of its parameters are measured, name to index."""
+
+_WAITING_NUMBERS = 2**20
+"""What layers may hold together until the pass is over, to be measured at once: a processor that has just multiplied
+large matrices takes up to three times as long for a few small operations as it does for the same ones again."""
 
 _SECOND_PASS = "it takes part in more than one backward pass"
 
@@ -117,6 +121,7 @@ class GhostRecorder:
         self.uses = []
         self._examples = examples
         self._calls: dict[int, int] = defaultdict(int)
+        self._waiting_numbers = 0
         self._ledger.begin(examples)
         self._noted: set[tuple[torch.dtype, torch.device]] = set()
         self._error: Exception | None = None
@@ -194,6 +199,7 @@ class GhostRecorder:
         given = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
         found = {index: gradient for index, gradient in given.items() if gradient is not None}
         if found:
+            self._measure_waiting()
             self._is_awaiting_end = False
             self._ledger.receive_all(found)
 
@@ -240,12 +246,14 @@ class GhostRecorder:
         if self._error is not None:
             raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
         try:
-            with own_work():
-                self._on_end()  # of another loss
-                self._measure_waiting()
-                return self._ledger.balance()
+            return as_own_work(self._finish)
         finally:
             self._clear()
+
+    def _finish(self) -> Recorded:
+        self._on_end()  # of another loss
+        self._measure_waiting()
+        return self._ledger.balance()
 
     def used(self, index: int) -> list[Use]:
         """Return the uses of a parameter that the backward pass has reached, in the order of the calls."""
@@ -257,8 +265,7 @@ class GhostRecorder:
             return
         start = time.perf_counter()
         try:
-            with own_work():
-                record(*what)
+            as_own_work(record, *what)
         except Exception as error:
             self._error = error
         self.seconds += time.perf_counter() - start
@@ -299,11 +306,18 @@ class GhostRecorder:
             return
         use.is_reached = True
         use.output_gradients = tuple([None if gradient is None else gradient.detach() for gradient in gradients])
-        if not self._knows_layouts or (self._shared and not self._shared.isdisjoint(use.parameters.values())):
-            return
-        self._measure([use])
-        self.uses.remove(use)
-        use.release()
+        if self._knows_layouts and not self._is_waiting(use):
+            self._measure([use])
+
+    def _is_waiting(self, use: Use) -> bool:
+        """Tell whether to measure a use when the pass is over, as those of parameters that have several must be."""
+        if self._shared and not self._shared.isdisjoint(use.parameters.values()):
+            return True
+        numbers = self._waiting_numbers + use.numel()
+        if not self._is_awaiting_end or numbers > _WAITING_NUMBERS:
+            return False
+        self._waiting_numbers = numbers
+        return True
 
     def _measure_waiting(self) -> None:
         """Measure what was kept until the whole backward pass was seen."""
@@ -328,6 +342,9 @@ class GhostRecorder:
             self._note_precision(use)
         for index, parts in contributions.items():
             self._ledger.contribute(index, parts[0] if len(parts) == 1 else added(parts))
+        for use in uses:
+            self.uses.remove(use)
+            use.release()
 
     def _note_precision(self, use: Use) -> None:
         for gradient in use.output_gradients:

@@ -96,7 +96,7 @@ class Ledger:
         is_vector = index in self._directions.vectors
         # Whether the sum is there for nothing, and so will the gradient be, is known before it comes by.
         if index in self._directions.small:
-            by_entries = (is_vector or are_formed) and not self._received.is_large(index)
+            by_entries = is_vector or are_formed
         else:
             by_entries = on_accelerator and are_formed and self._may_keep_sum(index, contributions)
         if is_vector and by_entries and _is_few(contributions, on_accelerator=on_accelerator):
@@ -164,7 +164,7 @@ class Ledger:
         differences, parts = differences_of(compared.values(), observed), self._parts
         blocks = self._received.blocks
         known = {len(compared) + place: blocks[index] for place, index in enumerate(real) if index in blocks}
-        norms = sq_norm_of_each([*differences, *real.values(), *parts.values()], known).tolist()
+        norms = sq_norm_of_each([*differences, *real.values(), *parts.values()], known)
         self._distances = dict(zip(compared, map(math.sqrt, norms[: len(compared)]), strict=True))
         self._totals = dict(zip(parts, norms[len(norms) - len(parts) :], strict=True))
         return dict(zip(real, norms[len(compared) : len(norms) - len(parts)], strict=True))
@@ -183,7 +183,7 @@ class Ledger:
         self._enter_sums()
         parts = {index: values for index, values in self._parts.items() if index not in self._totals}
         if parts:
-            self._totals |= dict(zip(parts, sq_norm_of_each(parts.values()).tolist(), strict=True))
+            self._totals |= dict(zip(parts, sq_norm_of_each(parts.values()), strict=True))
         if self._sq_norms:
             norms = on_processor(list(self._sq_norms.values())).sum(1)
             self._totals |= dict(zip(self._sq_norms, norms.tolist(), strict=True))

@@ -1,13 +1,15 @@
 """Watching every operator of a pass, and our own work within it, which is neither watched nor differentiated."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+
+Result = TypeVar("Result")
 
 
 class OperatorMode(TorchDispatchMode):
@@ -34,29 +36,9 @@ class OperatorMode(TorchDispatchMode):
         """Call an operator that the pass comes to, or not, and return what the pass goes on with."""
 
 
-def own_work() -> AbstractContextManager[None]:
-    """Leave every mode for the block, and enter them again; build no graph."""
-    if _len_torch_dispatch_stack() > 0:
-        return _left_alone()
-    return _WITHOUT_GRAPH if torch.is_grad_enabled() else _ALREADY  # the latter in most backward passes
-
-
-class _WithoutGraph:
-    """What ``torch.no_grad()`` does where a graph is built, in a tenth of the calls."""
-
-    def __enter__(self) -> None:
-        torch._C._set_grad_enabled(False)
-
-    def __exit__(self, *_: object) -> None:
-        torch._C._set_grad_enabled(True)
-
-
-_WITHOUT_GRAPH = _WithoutGraph()
-_ALREADY = nullcontext()
-
-
 @contextmanager
-def _left_alone() -> Iterator[None]:
+def own_work() -> Iterator[None]:
+    """Leave every mode for the block, and enter them again; build no graph."""
     left = [_pop_mode() for _ in range(_len_torch_dispatch_stack())]
     try:
         with torch.no_grad():
@@ -64,3 +46,17 @@ def _left_alone() -> Iterator[None]:
     finally:
         for mode in reversed(left):
             _push_mode(mode)
+
+
+def as_own_work(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function within :func:`own_work`: with few calls where no mode was entered, as in most training steps."""
+    if _len_torch_dispatch_stack() > 0:
+        with own_work():
+            return function(*arguments)
+    if not torch.is_grad_enabled():  # as in most backward passes
+        return function(*arguments)
+    torch._C._set_grad_enabled(False)
+    try:
+        return function(*arguments)
+    finally:
+        torch._C._set_grad_enabled(True)

@@ -102,51 +102,53 @@ def differences_of(some: Collection[Tensor], others: Collection[Tensor]) -> Sequ
 
 def distances(some: Collection[Tensor], others: Collection[Tensor]) -> list[float]:
     """Return the norms of the differences between pairs of tensors with as many entries."""
-    return sq_norm_of_each(differences_of(some, others)).sqrt_().tolist()
+    return [math.sqrt(sq_norm) for sq_norm in sq_norm_of_each(differences_of(some, others))]
 
 
-def sq_norm_of_each(tensors: Collection[Tensor], blocks: Mapping[int, Tensor] = _NONE) -> Tensor:
-    """Return the squared norm of each tensor, shape (len(tensors),), float64, on the processor; small ones at once.
+def sq_norm_of_each(tensors: Collection[Tensor], blocks: Mapping[int, Tensor] = _NONE) -> list[float]:
+    """Return the squared norm of each tensor, added up in float64; small ones at once.
 
     Args:
         tensors: real or complex.
         blocks: what :func:`block_norms` gave for large ones that were read before, by their place.
     """
     listed = list(tensors)
+    kinds = {(tensor.device, tensor.dtype) for tensor in listed}
+    if any(dtype.is_complex for _, dtype in kinds):
+        listed = [real_view(tensor) for tensor in listed]
+    if len({device for device, _ in kinds}) > 1:
+        return [norm for of_one in listed for norm in sq_norm_of_each([of_one])]
     if not listed:
-        return on_processor([])
-    if len({tensor.device for tensor in listed}) > 1:
-        return torch.cat([sq_norm_of_each([of_one]) for of_one in listed])
+        return []
     if is_accelerator(listed[0].device):
-        return _with_one_call(listed) if len({tensor.dtype for tensor in listed}) == 1 else _by_type(listed)
-    large, parts, lengths = {}, [], []
-    for i, of_one in enumerate(listed):
-        part, length = torch.view_as_real(of_one) if of_one.is_complex() else of_one, of_one.numel()
-        if length > _SMALL:
-            part = large[i] = blocks[i] if i in blocks else block_norms(of_one)
-        parts.append(part)
-        lengths.append(part.numel() if part is not of_one else length)
-    found = sums_of_segments(flat(parts).double().square_(), lengths)
+        return _with_one_call(listed) if len(kinds) == 1 else _by_type(listed)
+    lengths = [tensor.numel() for tensor in listed]
+    large = {i: blocks[i] if i in blocks else block_norms(listed[i]) for i, n in enumerate(lengths) if n > _SMALL}
+    parts = listed.copy()
+    for i, of_blocks in large.items():
+        parts[i], lengths[i] = of_blocks, len(of_blocks)
+    found = _sums_of_segments(flat(parts).double().square_(), lengths)
     for i, of_blocks in large.items():
         # What is lost of a block whose squares vanish is at most 1e-35.
-        is_safe = _SMALLEST_SAFE_SQUARE * len(of_blocks) < float(found[i]) < math.inf
+        is_safe = _SMALLEST_SAFE_SQUARE * len(of_blocks) < found[i] < math.inf
         if of_blocks.dtype == torch.float32 and not is_safe:
-            found[i] = torch.linalg.vector_norm(dense(listed[i]), dtype=torch.float64).square()
+            found[i] = float(torch.linalg.vector_norm(dense(listed[i]), dtype=torch.float64)) ** 2
     return found
 
 
-def _with_one_call(tensors: Sequence[Tensor]) -> Tensor:
-    of_each = torch._foreach_norm([real_view(tensor) for tensor in tensors], 2, torch.float64)
-    return torch.stack(of_each).square_().cpu()
+def _with_one_call(tensors: list[Tensor]) -> list[float]:
+    of_each = torch._foreach_norm(tensors, 2, torch.float64)
+    sq_norms: list[float] = torch.stack(of_each).square_().tolist()
+    return sq_norms
 
 
-def _by_type(tensors: Sequence[Tensor]) -> Tensor:
+def _by_type(tensors: Sequence[Tensor]) -> list[float]:
     """Take those of each type together: for a mixed list the library calls once for each tensor."""
-    found = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
+    found: dict[int, float] = {}
     for dtype in {tensor.dtype for tensor in tensors}:
         places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        found[places] = _with_one_call([tensors[place] for place in places])
-    return found
+        found |= dict(zip(places, _with_one_call([tensors[place] for place in places]), strict=True))
+    return [found[place] for place in range(len(tensors))]
 
 
 def flat(tensors: Collection[Tensor]) -> Tensor:
@@ -154,16 +156,17 @@ def flat(tensors: Collection[Tensor]) -> Tensor:
     return torch.cat([tensor if tensor.ndim == 1 else tensor.flatten() for tensor in tensors])
 
 
-def sums_of_segments(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return what consecutive segments of ``values``, of these lengths, add up to: shape (segments, ...).
+def _sums_of_segments(values: Tensor, lengths: Sequence[int]) -> list[float]:
+    """Return what consecutive segments of a vector on the processor, of these lengths, add up to.
 
-    On a processor by NumPy, which does it in half the time; but what it gives for an empty segment is not zero.
+    By NumPy, which does it in half the time; but what it gives for an empty segment is not zero.
     """
-    if is_accelerator(values.device) or 0 in lengths:
-        total: Tensor = torch.segment_reduce(values, "sum", lengths=torch.tensor(lengths, device=values.device))
-        return total
+    if 0 in lengths:
+        sums: list[float] = torch.segment_reduce(values, "sum", lengths=torch.tensor(lengths, device="cpu")).tolist()
+        return sums
     starts = list(accumulate(lengths[:-1], initial=0))
-    return torch.from_numpy(np.add.reduceat(values.detach().numpy(), starts))
+    found: list[float] = np.add.reduceat(values.numpy(), starts).tolist()
+    return found
 
 
 def on_processor(numbers: Sequence[Tensor]) -> Tensor:

@@ -13,23 +13,23 @@ _FEW = 2**18
 
 def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return ``matrix @ vector``, shape (rows,); the threads share the rows."""
-    pieces = _pieces(matrix)
+    pieces = 1 if matrix.numel() < _FEW else _pieces(matrix)
     if pieces == 1:
-        return matrix @ vector
+        return torch.mv(matrix, vector)
     shared = vector.expand(pieces, 1, -1)
     return torch.bmm(shared, matrix.unflatten(0, (pieces, -1)).mT).flatten()
 
 
 def vector_matrix(vector: Tensor, matrix: Tensor) -> Tensor:
     """Return ``vector @ matrix``, shape (columns,); the threads share the rows."""
-    pieces = _pieces(matrix)
+    pieces = 1 if matrix.numel() < _FEW else _pieces(matrix)
     if pieces == 1:
-        return vector @ matrix
+        return torch.mv(matrix.T, vector)
     return torch.bmm(vector.view(pieces, 1, -1), matrix.unflatten(0, (pieces, -1))).sum((0, 1))
 
 
 def _pieces(matrix: Tensor) -> int:
     """Return into how many equal pieces the rows are divided."""
-    if matrix.numel() < _FEW or is_accelerator(matrix.device) or not matrix.is_contiguous():
+    if is_accelerator(matrix.device) or not matrix.is_contiguous():
         return 1
     return math.gcd(matrix.shape[0], torch.get_num_threads())

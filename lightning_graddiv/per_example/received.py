@@ -60,10 +60,6 @@ class Received:
     def __contains__(self, index: int) -> bool:
         return index in self._kept or index in self._images or index in self._known or index in self._complex
 
-    def is_large(self, index: int) -> bool:
-        """Tell whether a gradient was entered that was not kept."""
-        return index in self and index not in self._kept
-
     def add(self, index: int, gradient: Tensor, *, keep: bool) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has.
 
@@ -156,17 +152,15 @@ class Received:
         """Each gradient's squared norm; to be asked for when all have been entered."""
         if not self._complex and self._sq_norms.keys() == set(self.indices):  # all were read at once
             return self._sq_norms
-        kept = {index: entries for index, entries in self._kept.items() if index not in self._sq_norms}
-        large = {index: norm for index, norm in self._norms.items() if index not in self._sq_norms}
-        if not self._keeps_norms:  # an image's norm is about that of the gradient
-            large = dict(zip(self._images, sq_norm_of_each(self._images.values()), strict=True))
-        norms = [sq_norm_of_each(kept.values()), *(on_processor(list(of.values())) for of in (large, self._complex))]
-        found = zip([*kept, *large, *self._complex], torch.cat(norms).tolist(), strict=True)
-        return dict(found) | self._sq_norms
+        kept = self._kept if self._keeps_norms else self._kept | self._images  # whose norm is about the gradient's
+        read = {index: entries for index, entries in kept.items() if index not in self._sq_norms}
+        known = self._norms | self._complex
+        norms = sq_norm_of_each(read.values()) + on_processor(list(known.values())).tolist()
+        return dict(zip([*read, *known], norms, strict=True)) | self._sq_norms
 
     def local_sq_norms(self) -> dict[int, float]:
         """Return the squared norm of each gradient so far, with what the parameter had before."""
-        norms = sq_norm_of_each(self._local_kept.values()).tolist() + on_processor(list(self._local.values())).tolist()
+        norms = sq_norm_of_each(self._local_kept.values()) + on_processor(list(self._local.values())).tolist()
         return dict(zip([*self._local_kept, *self._local], norms, strict=True))
 
     def entries(self, index: int) -> Tensor | None:

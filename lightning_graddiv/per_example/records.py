@@ -50,6 +50,11 @@ class Use:
         """Let go of the tensors, which the backward pass is about to free."""
         self.inputs, self.output, self.output_gradients, self._found = (), None, (), None
 
+    def numel(self) -> int:
+        """Return how many numbers are held."""
+        held = (*self.inputs, self.output, *self.output_gradients)
+        return sum([0 if value is None else value.numel() for value in held])
+
     @property
     def leading(self) -> tuple[int, ...]:
         """The shape of the input's dimensions that the parameters do not see."""
