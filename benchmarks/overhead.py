@@ -277,7 +277,7 @@ def kernels_alone(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Callable[
             for use in uses:
                 use._found = None
                 for name, contributions in use.contributions(Layout.FIRST, len(x)).items():
-                    contributions.measure(directions.probe(use.parameters[name]))
+                    contributions.measure(directions.right(use.parameters[name]))
             get_total_norm([parameter.grad for parameter in parameters])
 
     return run

@@ -248,7 +248,7 @@ def test_norms_of_tensors_of_all_kinds_are_those_of_float64():
     ]
     on_gpu = [tensor.cuda() for tensor in tensors]
     wanted = torch.stack([tensor.to(torch.complex128).abs().square().sum() for tensor in tensors])
-    torch.testing.assert_close(sq_norm_of_each(on_gpu), wanted, rtol=1e-6, atol=0.0)
+    assert sq_norm_of_each(on_gpu) == pytest.approx(wanted.tolist(), rel=1e-6, abs=0)
     others = [torch.randn(tensor.shape).to(tensor.dtype) for tensor in tensors[:3]]
     expected = [float((a.double() - b.double()).norm()) for a, b in zip(tensors[:3], others, strict=True)]
     assert distances(on_gpu[:3], [other.cuda() for other in others]) == pytest.approx(expected, rel=1e-6)

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_graddiv.per_example.devices import chunk_bytes
-from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Probe
+from lightning_graddiv.per_example.factors import CANCELLATION, Contributions
 from lightning_graddiv.per_example.norms import sq_norms_of_rows
 
 _SHIFT = 32
@@ -62,14 +62,14 @@ class Convolved(Contributions):
         return not self.takes_pixels
 
     @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+    def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Take the cheaper of the gradients themselves and products between the input's pixels."""
         if self.are_formed:
-            return super().measure(probe)
+            return super().measure(right)
         pixels = self.inputs.shape[1] * math.prod(self._padded_space)
         size = max(1, chunk_bytes(self.device) // (12 * self.groups * pixels**2))
         parts = [self.at(slice(start, start + size)) for start in range(0, len(self), size)]
-        return torch.cat([part._norms_by_pixels() for part in parts]), self._image(probe)
+        return torch.cat([part._norms_by_pixels() for part in parts]), self._image(right)
 
     @property
     def takes_pixels(self) -> bool:
@@ -141,10 +141,10 @@ class Convolved(Contributions):
             products += of_inputs[..., step : step + length, step : step + length]
         return products
 
-    def _image(self, probe: Probe) -> Tensor:
-        """The shared right side of the directions is a kernel; what it sees weighs the output's gradients."""
+    def _image(self, right: Tensor) -> Tensor:
+        """What the sum takes a vector to: as a kernel, what it sees weighs the output's gradients."""
         inputs, output_gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
-        kernels = probe.right.unflatten(1, self.shape[1:]).repeat(self.groups, *[1] * (len(self.shape) - 1))
+        kernels = right.view(1, *self.shape[1:]).repeat(self.groups, *[1] * (len(self.shape) - 1))
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
         seen = convolve(inputs, kernels, None, self.stride, self.padding, self.dilation, self.groups)
         b = output_gradients.unflatten(1, (self.groups, -1)).flatten(3)

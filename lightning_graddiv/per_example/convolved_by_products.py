@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_graddiv.per_example.convolved import Convolved
 from lightning_graddiv.per_example.devices import chunk_bytes
-from lightning_graddiv.per_example.factors import Contributions, Outer, Probe, forming_is_cheaper
+from lightning_graddiv.per_example.factors import Contributions, Outer, forming_is_cheaper
 
 _CALLS_OF_A_CHUNK = 5
 """On an accelerator, for a copy of patches and their product; a step along the kernel takes one."""
@@ -93,8 +93,8 @@ class ConvolvedByProducts(Convolved):
         return self._held_by_steps if self.takes_steps else math.prod(self.shape) * self.inputs.shape[1]
 
     @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        return super().measure(probe) if self.are_formed else self._patches().measure_by_products(probe)
+    def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        return super().measure(right) if self.are_formed else self._patches().measure_by_products(right)
 
 
 @dataclass(eq=False)
@@ -146,9 +146,9 @@ class Patches(Contributions):
     def formed_at_once(self) -> int:
         return math.prod(self.shape) * self.patches.shape[1]
 
-    def measure_by_products(self, probe: Probe) -> tuple[Tensor, Tensor]:
+    def measure_by_products(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Measure by products between positions, a few examples at a time; of a convolution that is one linear map."""
-        parts = [self._outer(examples).measure_by_products(probe) for examples in self._pieces()]
+        parts = [self._outer(examples).measure_by_products(right) for examples in self._pieces()]
         if len(parts) == 1:
             return parts[0]
         norms, images = zip(*parts, strict=True)

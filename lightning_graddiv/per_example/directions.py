@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_graddiv.per_example.factors import DIRECTIONS, Probe
+from lightning_graddiv.per_example.factors import DIRECTIONS, Probe, image_of
 from lightning_graddiv.per_example.norms import flat, sum_dtype
 
 _SMALL = 2**16
@@ -60,7 +60,6 @@ class Directions:
         parameters: all that are compared.
         seed: of the directions; another in every measurement.
         count: p, of directions.
-        share_right: whether those of a parameter share their right side; see :class:`.Probe`.
         spaces: of the parameters, where these have been looked at before.
 
     Attributes:
@@ -74,47 +73,61 @@ class Directions:
         seed: int,
         count: int = DIRECTIONS,
         *,
-        share_right: bool = True,
         spaces: Spaces | None = None,
     ) -> None:
         self._parameters = parameters
         self._seed = seed
         self._count = count
-        self._rights = 1 if share_right else count
         spaces = Spaces.of(parameters) if spaces is None else spaces
         self.small, self.vectors, self._places = spaces.small, spaces.vectors, spaces.places
-        self._probes: dict[int, Probe] = {}
+        self._found: dict[int, Tensor] = {}
 
     def probe(self, index: int) -> Probe:
         """Return the directions for one parameter, on its device."""
-        found = self._probes.get(index)
+        return Probe(self._left(index), self._right(index, self._numbers))
+
+    def right(self, index: int) -> Tensor:
+        """Return the right side of a parameter's first direction, shape (numel / o,), on its device."""
+        found = self._found.get(index)
         if found is None:
-            parameter, (start, middle, end) = self._parameters[index], self._places[index]
-            left = self._numbers.narrow(1, start, middle - start)
-            right = self._numbers.narrow(1, middle, end - middle)
-            right = right.narrow(0, 0, self._rights)
-            if end - middle == 1:  # one number would be a factor of all directions, and may be next to nothing
-                right = torch.ones_like(right)
-            if (parameter.dtype, parameter.device) != (left.dtype, left.device):
-                where, dtype = parameter.device, sum_dtype(parameter)
-                left, right = left.to(where, dtype), right.to(where, dtype)
-            found = self._probes[index] = Probe(left, right)
+            found = self._found[index] = self._right(index, self._numbers[0])
         return found
 
+    def _right(self, index: int, numbers: Tensor) -> Tensor:
+        _, middle, end = self._places[index]
+        right = self._here(index, numbers.narrow(-1, middle, end - middle))
+        # A single number would be a factor of all that is compared, which may be next to nothing.
+        return torch.ones_like(right) if end - middle == 1 else right
+
+    def _left(self, index: int) -> Tensor:
+        start, middle, _ = self._places[index]
+        return self._here(index, self._numbers.narrow(1, start, middle - start))
+
+    def _here(self, index: int, numbers: Tensor) -> Tensor:
+        parameter = self._parameters[index]
+        if (parameter.dtype, parameter.device) == (numbers.dtype, numbers.device):
+            return numbers
+        return numbers.to(parameter.device, sum_dtype(parameter))
+
     def image_of(self, index: int, gradient: Tensor) -> Tensor:
-        """Return what a gradient takes the right side to (:meth:`.Probe.image_of`), shape (o,); a vector is its own."""
-        return gradient if index in self.vectors else self.probe(index).image_of(gradient)
+        """Return what a gradient takes :meth:`right` to, shape (o,)."""
+        return image_of(gradient, self.right(index))
 
     def of(self, gradients: Mapping[int, Tensor]) -> Tensor:
-        """Return the projections of dense real gradients, by index, taken together: shape (p,), float64."""
-        return self.of_images({index: self.image_of(index, gradient) for index, gradient in gradients.items()})
+        """Return the projections of dense real gradients on directions that share :meth:`right`, taken together.
+
+        Returns:
+            Tensor of shape (p,), float64, on the processor.
+        """
+        images = {i: self.image_of(i, gradient) for i, gradient in gradients.items() if i not in self.vectors}
+        return self.of_images({i: gradient for i, gradient in gradients.items() if i in self.vectors} | images)
 
     def of_images(self, images: Mapping[int, Tensor]) -> Tensor:
         """Return the same of gradients that were taken by their images, in one product for each device."""
         total = torch.zeros(self._count, dtype=torch.float64, device="cpu")
         for device in {image.device for image in images.values()}:
             here = {index: image for index, image in images.items() if image.device == device}
-            left, image = torch.cat([self.probe(index).left for index in here], 1), flat(here.values())
+            left, image = torch.cat([self._left(index) for index in here], 1), flat(here.values())
             total += (left @ image.to(left.dtype)).double().cpu()
         return total
 

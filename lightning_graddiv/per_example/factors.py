@@ -30,42 +30,47 @@ DIRECTIONS = 4
 class Probe:
     """A few random directions of rank one in the space of a parameter of shape (o, ...).
 
-    The projection of ``sum_i c_i`` must be that of the gradient: a check (Freivalds') that no use of the parameter was
-    overlooked, for the price of two thin products. Where all directions share their right side, a gradient is read once
-    for all of them; a difference of rank one of a tenth of it then stays below the tolerance once in some five hundred
-    measurements (more often where the examples' gradients cancel), each of which has directions of its own.
+    The projection of ``sum_i c_i`` must be that of the gradient, for the price of two thin products.
 
     Attributes:
         left: shape (p, o).
-        right: shape (p, numel / o), or (1, numel / o) for all.
-        only_right: that which all directions share, shape (numel / o,).
+        right: shape (p, numel / o).
     """
 
     left: Tensor
     right: Tensor
 
-    def __post_init__(self) -> None:
-        self.only_right = self.right[0]
-
     def of(self, gradient: Tensor) -> Tensor:
         """Return the projections of a gradient, shape (p,), float64."""
-        if len(self.right) == 1:
-            return (self.left @ self.image_of(gradient)).double()
-        return (self.left @ (self._matrix(gradient) @ self.right.T)).diagonal().double()
-
-    def image_of(self, gradient: Tensor) -> Tensor:
-        """Return what a gradient takes the shared right side to, shape (o,): all that its projections need."""
-        return matrix_vector(self._matrix(gradient), self.only_right)
-
-    def _matrix(self, gradient: Tensor) -> Tensor:
-        shape = self.left.shape[1], self.right.shape[1]
-        matrix = gradient if gradient.shape == shape else gradient.reshape(shape)
-        return matrix if matrix.dtype == self.left.dtype else matrix.to(self.left.dtype)
+        matrix = gradient.reshape(self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
+        return (self.left @ (matrix @ self.right.T)).diagonal().double()
 
     def of_each(self, gradients: Tensor) -> Tensor:
         """Return the projections of n gradients, shape (n, p), float64."""
         matrices = gradients.reshape(len(gradients), self.left.shape[1], self.right.shape[1]).to(self.left.dtype)
         return ((matrices @ self.right.T) * self.left.T).sum(1, dtype=torch.float64)
+
+
+def image_of(gradient: Tensor, right: Tensor) -> Tensor:
+    """Return what a gradient takes a random vector to, by which it is compared.
+
+    That of ``sum_i c_i`` must be the same: a check (Freivalds') that no use of the parameter was overlooked. One vector
+    is enough to notice what differs in several independent ways; a difference of rank one of a tenth of the gradient
+    stays below the tolerance once in some four hundred measurements (more often where the examples' gradients cancel),
+    each of which has a vector of its own.
+
+    Args:
+        gradient: shape (o, ...), or flattened.
+        right: shape (numel / o,), as :meth:`.Directions.right` gives it.
+
+    Returns:
+        Tensor of shape (o,).
+    """
+    columns = right.shape[0]
+    is_matrix = gradient.ndim == 2 and gradient.shape[1] == columns
+    rows = gradient.numel() // columns if columns > 0 else gradient.shape[0]
+    matrix = gradient if is_matrix else gradient.reshape(rows, columns)
+    return matrix_vector(matrix if matrix.dtype == right.dtype else matrix.to(right.dtype), right)
 
 
 CANCELLATION = 1e-2
@@ -109,10 +114,10 @@ class Contributions(ABC):
         """Whether the way to their norms forms the contributions themselves, so that their sum costs nothing."""
         return True
 
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        """Return the squared norms, shape (n,), float64, and the sum's image of the probe's right side, shape (o,)."""
+    def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the squared norms, shape (n,), float64, and what the sum takes a vector to (:func:`image_of`)."""
         norms, total = self.norms_and_sum()
-        return norms, probe.image_of(total)
+        return norms, image_of(total, right)
 
     def norms_and_sum(self) -> tuple[Tensor, Tensor]:
         """Return the squared norms, shape (n,), float64, and the sum of the contributions, which are formed for it."""
@@ -262,9 +267,9 @@ class Rows(_OfLinearMap):
         return False
 
     @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+    def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """|b a'|^2 = |b|^2 |a|^2."""
-        image = vector_matrix(matrix_vector(self.inputs, probe.only_right), self.output_gradients)
+        image = vector_matrix(matrix_vector(self.inputs, right), self.output_gradients)
         of_b = sq_norms_of_rows(self.output_gradients) if self.shared is None else self.shared.sq_norms
         return sq_norms_of_rows(self.inputs) * of_b, image
 
@@ -313,16 +318,16 @@ class Outer(_OfLinearMap):
         return forming_is_cheaper(n, positions, fan_in, self.output_gradients.shape[-1], self.inputs.device)
 
     @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        return super().measure(probe) if self.are_formed else self.measure_by_products(probe)
+    def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        return super().measure(right) if self.are_formed else self.measure_by_products(right)
 
-    def measure_by_products(self, probe: Probe) -> tuple[Tensor, Tensor]:
+    def measure_by_products(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Measure without forming the contributions, by products between positions."""
         n, positions, _ = self.inputs.shape
         if positions == 1:
-            return Rows(self.inputs[:, 0], self.output_gradients[:, 0], self.shape).measure(probe)
+            return Rows(self.inputs[:, 0], self.output_gradients[:, 0], self.shape).measure(right)
         # Of the sum: sum_it b_it <a_it, right>
-        image = vector_matrix(matrix_vector(self._rows, probe.only_right), self._b.rows)
+        image = vector_matrix(matrix_vector(self._rows, right), self._b.rows)
         size = max(1, chunk_bytes(self.device) // max(1, 8 * positions**2))
         parts = [self] if size >= n else [self.at(slice(start, start + size)) for start in range(0, n, size)]
         return torch.cat([part._by_gram() for part in parts]), image
@@ -395,9 +400,9 @@ class Lookup(Contributions):
         return (chosen * (self.output_gradients @ probe.right.T)).sum(1, dtype=torch.float64)
 
     @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+    def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Add up the rows of equal tokens within an example before taking norms."""
-        seen = self.output_gradients.flatten(0, 1) @ probe.only_right
+        seen = self.output_gradients.flatten(0, 1) @ right
         image = seen.new_zeros(self.shape[0]).index_add_(0, self.index.flatten(), seen)
         examples = torch.arange(len(self), device=self.index.device)[:, None]
         keys, inverse = torch.unique(examples * self.shape[0] + self.index, return_inverse=True)
@@ -457,13 +462,13 @@ class Total(Contributions):
         return torch.stack([part.sketches(probe) for part in self.parts]).sum(0)
 
     @override
-    def measure(self, probe: Probe) -> tuple[Tensor, Tensor]:
+    def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """|u + v|^2 = |u|^2 + |v|^2 + 2 <u, v> where table and head share a weight; else what adds up."""
         pair = self._table_and_head
         if pair is None:
-            return super().measure(probe)
+            return super().measure(right)
         outer, lookup = pair
-        (u, image_of_u), (v, image_of_v) = outer.measure(probe), lookup.measure(probe)
+        (u, image_of_u), (v, image_of_v) = outer.measure(right), lookup.measure(right)
         return (u + v + 2 * _inner(outer, lookup)).clamp_(min=0), image_of_u + image_of_v
 
 

@@ -102,7 +102,7 @@ class Ledger:
         if is_vector and by_entries and _is_few(contributions, on_accelerator=on_accelerator):
             self._waiting[index] = contributions.explicit()
         elif not by_entries and not are_formed:
-            self._sq_norms[index], self._images[index] = contributions.measure(self._directions.probe(index))
+            self._sq_norms[index], self._images[index] = contributions.measure(self._directions.right(index))
         else:
             if on_accelerator:
                 self._block_norms[index], total = contributions.block_norms_and_sum()
@@ -111,7 +111,7 @@ class Ledger:
             if by_entries:
                 self._sums[index] = total
             else:
-                self._images[index] = self._directions.probe(index).image_of(total)
+                self._images[index] = self._directions.image_of(index, total)
 
     def _may_keep_sum(self, index: int, contributions: Contributions) -> bool:
         """Tell whether the sum of large contributions may be kept until the pass is over, for few calls.
@@ -248,7 +248,7 @@ class Ledger:
         if own is None:
             own, received = self._images[index], self._received.image(index)
         elif received is None:
-            own, received = self._directions.probe(index).image_of(own), self._received.image(index)
+            own, received = self._directions.image_of(index, own), self._received.image(index)
         return own, torch.zeros_like(own) if received is None else received
 
 

@@ -13,7 +13,7 @@ _FEW = 2**18
 
 def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return ``matrix @ vector``, shape (rows,); the threads share the rows."""
-    pieces = 1 if matrix.numel() < _FEW else _pieces(matrix)
+    pieces = _pieces(matrix)
     if pieces == 1:
         return torch.mv(matrix, vector)
     shared = vector.expand(pieces, 1, -1)
@@ -22,7 +22,7 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def vector_matrix(vector: Tensor, matrix: Tensor) -> Tensor:
     """Return ``vector @ matrix``, shape (columns,); the threads share the rows."""
-    pieces = 1 if matrix.numel() < _FEW else _pieces(matrix)
+    pieces = _pieces(matrix)
     if pieces == 1:
         return torch.mv(matrix.T, vector)
     return torch.bmm(vector.view(pieces, 1, -1), matrix.unflatten(0, (pieces, -1))).sum((0, 1))
@@ -30,6 +30,6 @@ def vector_matrix(vector: Tensor, matrix: Tensor) -> Tensor:
 
 def _pieces(matrix: Tensor) -> int:
     """Return into how many equal pieces the rows are divided."""
-    if is_accelerator(matrix.device) or not matrix.is_contiguous():
+    if matrix.numel() < _FEW or is_accelerator(matrix.device) or not matrix.is_contiguous():
         return 1
     return math.gcd(matrix.shape[0], torch.get_num_threads())

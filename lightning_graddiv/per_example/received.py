@@ -77,7 +77,7 @@ class Received:
             self._local_kept[index] = so_far
             return
         whole = self._kept.pop(index) + whole if index in self._kept else whole
-        image = self._directions.probe(index).image_of(whole)
+        image = self._directions.image_of(index, whole)
         self._images[index] = image + self._images[index] if index in self._images else image
         if self._keeps_norms:
             sq_norm = sum_of_squares([whole])
@@ -124,7 +124,7 @@ class Received:
         """Return the image of a gradient of which :meth:`add_all` will be told; it is kept instead of the gradient."""
         image = self._images.get(index)
         if image is None:
-            image = self._images[index] = self._directions.probe(index).image_of(dense(gradient))
+            image = self._images[index] = self._directions.image_of(index, dense(gradient))
             self._mark(index, gradient)
         return image
 
@@ -174,8 +174,7 @@ class Received:
 
     def projections(self) -> Tensor:
         """Return the projections of all gradients together, shape (p,), float64, on the processor."""
-        images = {i: self._directions.image_of(i, entries) for i, entries in (self._kept | self._known).items()}
-        return self._directions.of_images(self._images | images)
+        return self._directions.of_images(self._images) + self._directions.of(self._kept | self._known)
 
     def is_still(self, gradients: Sequence[Tensor | None]) -> bool:
         """Tell whether the parameters' gradients are these, and nothing was done to them since.

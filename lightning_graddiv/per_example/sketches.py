@@ -59,7 +59,7 @@ class Sketcher:
         self._count = max(_FEWEST_PER_PARAMETER, math.ceil(_FEWEST_IN_ALL / max(1, len(parameters))))
         self._parameters = parameters
         views = [real_view(parameter.detach()) for parameter in parameters]
-        self._directions = Directions(views, seed, self._count, share_right=False)
+        self._directions = Directions(views, seed, self._count)
 
     def differentiated(self, loss: StepLoss, batch: Any, watch: Watch | None = None) -> Sketch:
         """Return the sketch of a batch's gradient, in which each parameter's is let go of as soon as it is drawn.

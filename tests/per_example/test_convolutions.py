@@ -10,7 +10,7 @@ from lightning_graddiv.per_example import convolved, devices
 from lightning_graddiv.per_example.convolved import Convolved
 from lightning_graddiv.per_example.convolved_by_products import ConvolvedByProducts, Patches
 from lightning_graddiv.per_example.directions import Directions
-from lightning_graddiv.per_example.factors import Total
+from lightning_graddiv.per_example.factors import Total, image_of
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -95,10 +95,10 @@ def assert_same(found, expected, not_taken, monkeypatch):
         torch.testing.assert_close(part.explicit(), gradients[1:3], rtol=1e-10, atol=1e-10)
     monkeypatch.setattr(Convolved, not_taken, refuse)
     for name, gradients in expected.items():
-        probe = Directions([gradients[0]], 0).probe(0)
-        norms, image = found[name].measure(probe)
+        right = Directions([gradients[0]], 0).right(0)
+        norms, image = found[name].measure(right)
         torch.testing.assert_close(norms, gradients.flatten(1).square().sum(1), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(image, probe.image_of(gradients.sum(0)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(image, image_of(gradients.sum(0), right), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("many", [True, False], ids=["many positions", "few positions"])
@@ -166,33 +166,33 @@ def test_norms_that_pixels_cancel_are_taken_from_the_gradient_itself(monkeypatch
     output_gradients[1, 0, 1] += 1e-3  # 1.0 comes out with seven digits, or with none
     take(monkeypatch, pixels=True)
     found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))["weight"]
-    norms, _ = found.measure(Directions([layer.weight], 0).probe(0))
+    norms, _ = found.measure(Directions([layer.weight], 0).right(0))
     expected = found.explicit().double().flatten(1).square().sum(1)
     torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)
 
 
-def measured(contributions, probe):
-    return contributions.measure(probe)
+def measured(contributions, directions):
+    return contributions.measure(directions.right(0))
 
 
-def sketched(contributions, probe):
-    return contributions.sketches(probe)
+def sketched(contributions, directions):
+    return contributions.sketches(directions.probe(0))
 
 
-def in_a_total(contributions, probe):
-    return Total((contributions,)).measure(probe)
+def in_a_total(contributions, directions):
+    return Total((contributions,)).measure(directions.right(0))
 
 
 def test_few_examples_are_taken_at_a_time(monkeypatch):
     layer, inputs = nn.Conv2d(2, 3, 3), torch.randn(8, 2, 6, 6)
     found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, 8))["weight"]
     take(monkeypatch, pixels=True)
-    probe = Directions([layer.weight], 0).probe(0)
-    together, _ = found.measure(probe)
+    right = Directions([layer.weight], 0).right(0)
+    together, _ = found.measure(right)
     sizes, original = [], Convolved._norms_by_pixels
     monkeypatch.setattr(Convolved, "_norms_by_pixels", lambda self: (sizes.append(len(self)), original(self))[1])
     monkeypatch.setattr(convolved, "chunk_bytes", lambda device: 3 * 12 * 36**2)
-    apart, _ = found.measure(probe)
+    apart, _ = found.measure(right)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(apart, together)
 
@@ -205,13 +205,13 @@ def test_patches_are_taken_of_few_examples_at_a_time(ask, rows, monkeypatch):
     layout = Layout.FIRST if rows == 1 else Layout.FOLDED
     found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(layout, 8))["weight"]
     take(monkeypatch, pixels=False)
-    probe = Directions([layer.weight], 0).probe(0)
-    by_kernel = ask(found, probe)
+    directions = Directions([layer.weight], 0)
+    by_kernel = ask(found, directions)
     sizes, multiply = [], torch.bmm
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
     monkeypatch.setattr(torch, "bmm", lambda a, b, out: (sizes.append(len(a) // rows), multiply(a, b, out=out))[1])
     monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 8 * 3 * rows * 2 * 9 * 16)
-    by_patches = ask(as_on_an_accelerator(found), probe)
+    by_patches = ask(as_on_an_accelerator(found), directions)
     assert sizes == [3, 3, 2]
     torch.testing.assert_close(by_patches, by_kernel)
 
@@ -234,15 +234,15 @@ def test_steps_along_the_kernel_are_taken_instead_of_copies_of_many_patches(
     layer = nn.Conv2d(*channels, 3, padding=1, **options).double()
     inputs = torch.randn(8, channels[0], extent, extent, dtype=torch.float64)
     found = layer_type(layer).contributions(layer, inputs, layer(inputs), Arrangement(Layout.FIRST, 8))["weight"]
-    probe = Directions([layer.weight], 0).probe(0)
+    right = Directions([layer.weight], 0).right(0)
     take(monkeypatch, pixels=False)
-    expected = found.measure(probe)
+    expected = found.measure(right)
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
     monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 4 * 8 * (16 * 18 * 18 + 576))
     found = as_on_an_accelerator(found)
     assert found.takes_steps is steps
     monkeypatch.setattr(*((Patches, "explicit") if steps else (ConvolvedByProducts, "_by_steps")), refuse)
-    for one, other in zip(found.measure(probe), expected, strict=True):
+    for one, other in zip(found.measure(right), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
@@ -255,9 +255,9 @@ def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, 
     layer, inputs = convolution(dimensions, many, **OPTIONS[name])
     output_gradients = torch.randn_like(layer(inputs))
     found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))["weight"]
-    probe = Directions([layer.weight], 0).probe(0)
+    right = Directions([layer.weight], 0).right(0)
     take(monkeypatch, pixels=not many)
-    expected = found.measure(probe)
+    expected = found.measure(right)
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
     pads, original = [], convolved.F.pad
     monkeypatch.setattr(convolved.F, "pad", lambda *args: (pads.append(args), original(*args))[1])
@@ -269,7 +269,7 @@ def test_an_accelerator_finds_the_same_with_fewer_calls(dimensions, name, many, 
         monkeypatch.setattr(devices, "_ACCELERATOR_CHUNK_BYTES", 8 * at_a_time * found._patches().patches[0].numel())
         pads.clear()
         assert found.are_formed is not by_products
-        for one, other in zip(found.measure(probe), expected, strict=True):
+        for one, other in zip(found.measure(right), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
         assert len(pads) <= 1
 
@@ -298,7 +298,7 @@ def test_tensors_that_training_made_are_not_written_to(many):
     output_gradients = torch.randn_like(layer(inputs))
     before = inputs.clone(), output_gradients.clone()
     found = layer_type(layer).contributions(layer, inputs, output_gradients, Arrangement(Layout.FIRST, N))
-    found["weight"].measure(Directions([layer.weight], 0).probe(0))
+    found["weight"].measure(Directions([layer.weight], 0).right(0))
     assert torch.equal(inputs, before[0])
     assert torch.equal(output_gradients, before[1])
 

@@ -1,5 +1,7 @@
 """What the recorder sees of a backward pass, and what it does not let pass."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example import devices, layers, ledger
+from lightning_graddiv.per_example import devices, ghost, layers, ledger
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.layers import Layout
 
@@ -222,6 +224,23 @@ class TestTheOnlyPass:
         assert found.received.sq_norms == pytest.approx(by_hooks.received.sq_norms)
         torch.testing.assert_close(found.received.projections(), by_hooks.received.projections())
         assert found.received.is_still([parameter.grad for parameter in net.parameters()])
+
+    @pytest.mark.parametrize(("numbers", "waiting"), [(0, 0), (N * 5, 1), (N * 15, 2), (2**20, 3)])
+    def test_small_layers_wait_for_the_end_of_the_pass_as_long_as_they_hold_little(self, numbers, waiting, monkeypatch):
+        monkeypatch.setattr(ghost, "_WAITING_NUMBERS", numbers)
+        widths, x, held = [5, 6, 4, 1], batch().requires_grad_(), []
+        layers = [part for sizes in pairwise(widths) for part in (nn.Linear(*sizes), nn.Tanh())]
+        net = nn.Sequential(*layers).double()
+
+        def look(recorder):
+            x.register_hook(lambda _: held.append([use for use in recorder.uses if use.output_gradients]))
+
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum(), look)
+        assert len(held[0]) == waiting
+        assert not any(use.output_gradients for use in held[0])  # nor afterwards
+        by_hooks = recorded(net, lambda net: net(x).square().sum())
+        for index, sq_norms in by_hooks.sq_norms.items():
+            torch.testing.assert_close(found.sq_norms[index], sq_norms, rtol=1e-12, atol=0)
 
     def assert_unwatched(self, net):
         assert self.hooks(net) == [0, 0, 0, 0]
@@ -545,11 +564,10 @@ class TestOnAnAccelerator:
             assert sq_norm == pytest.approx(float(dense.abs().square().sum()), rel=1e-12)
 
     def test_uses_that_are_added_up_after_the_pass(self):
-        """Their sum is not known when the gradient is read: both are compared in random directions."""
         net, x = nn.Linear(self.WIDTH, self.WIDTH).double(), self.batch()
         found = recorded_at_the_end(net, lambda net: net(net(x).tanh()).square().sum(), shared=frozenset({0, 1}))
         assert found.misses == {}
-        assert found.received.image(0) is not None
+        assert found.received.image(0) is None  # they are before the gradient is read, which needs no image then
         for i in range(N):
             net.zero_grad()
             net(net(x[i : i + 1]).tanh()).square().sum().backward()

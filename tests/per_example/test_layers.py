@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_graddiv.per_example.directions import Directions
+from lightning_graddiv.per_example.factors import image_of
 from lightning_graddiv.per_example.layers import LAYER_TYPES, Arrangement, Layout, layer_type, mixes_examples
 
 N = 4
@@ -39,13 +40,13 @@ def contributions_of(layer, inputs, output_gradients, arrangement=None):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, gradients in expected.items():
-        probe = Directions([gradients[0]], 0).probe(0)
+        right = Directions([gradients[0]], 0).right(0)
         assert found[name].shape == gradients.shape[1:]
         assert len(found[name]) == len(gradients)
         torch.testing.assert_close(found[name].explicit(), gradients, rtol=1e-10, atol=1e-10)
-        norms, image = found[name].measure(probe)
+        norms, image = found[name].measure(right)
         torch.testing.assert_close(norms, gradients.reshape(len(gradients), -1).square().sum(1), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(image, probe.image_of(gradients.sum(0)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(image, image_of(gradients.sum(0), right), rtol=1e-10, atol=1e-10)
 
 
 def assert_rule_holds(layer, inputs):

@@ -1,9 +1,11 @@
 """What a mode sees of a pass, and what it does not: our own work."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from lightning_graddiv.per_example.modes import OperatorMode, own_work
+from lightning_graddiv.per_example.modes import OperatorMode, as_own_work, own_work
 
 
 class Seeing(OperatorMode):
@@ -55,6 +57,28 @@ def test_modes_are_entered_again_after_an_error_and_gradients_are_built_again():
             raise KeyError
         assert weight.exp().requires_grad
     assert mode.seen[0] == "aten::exp"
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_function_is_called_as_own_work_in_any_state_and_leaves_it(is_enabled, is_seen):
+    def work(value):
+        assert not torch.is_grad_enabled()
+        assert not value.exp().requires_grad
+        return "found"
+
+    def fail(_):
+        raise KeyError
+
+    weight, mode = torch.ones(3, requires_grad=True), Seeing()
+    with torch.set_grad_enabled(is_enabled), mode if is_seen else nullcontext():
+        assert as_own_work(work, weight) == "found"
+        with pytest.raises(KeyError):
+            as_own_work(fail, weight)
+        assert mode.seen == []
+        assert torch.is_grad_enabled() == is_enabled
+        weight.sin()
+    assert mode.seen == (["aten::sin"] if is_seen else [])
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])

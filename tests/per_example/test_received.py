@@ -42,7 +42,7 @@ def test_norms_and_projections_are_those_of_the_gradients(keep, at_once):
     assert sorted(found.indices) == sorted(found.sq_norms) == [0, 1, 2, 3]
     for index, gradient in enumerate(gradients):
         assert found.sq_norms[index] == pytest.approx(float(gradient.square().sum()), rel=1e-12)
-        torch.testing.assert_close(found.image(index), Directions(parameters, 0).probe(index).image_of(gradient))
+        torch.testing.assert_close(found.image(index), Directions(parameters, 0).image_of(index, gradient))
     expected = Directions(parameters, 0).of(dict(enumerate(gradients)))
     torch.testing.assert_close(found.projections(), expected, rtol=1e-10, atol=1e-10)
 
@@ -90,7 +90,7 @@ def test_a_gradient_in_two_parts_is_their_sum(keeps):
     for part, keep in zip(parts, keeps, strict=True):
         found.add(0, part, keep=keep)
     assert found.came_in_parts
-    torch.testing.assert_close(found.projections(), Directions(parameters, 0).probe(0).of(parts.sum(0)))
+    torch.testing.assert_close(found.projections(), Directions(parameters, 0).of({0: parts.sum(0)}))
 
 
 def test_of_a_gradient_that_is_looked_at_in_two_parts_the_whole_is_entered():
@@ -102,7 +102,7 @@ def test_of_a_gradient_that_is_looked_at_in_two_parts_the_whole_is_entered():
     assert 0 not in found
     found.add_all({0: parts.sum(0)}, sq_norms_of([parts.sum(0)]), keep=())
     assert found.sq_norms[0] == pytest.approx(float(parts.sum(0).square().sum()))
-    torch.testing.assert_close(found.projections(), Directions(parameters, 0).probe(0).of(parts.sum(0)))
+    torch.testing.assert_close(found.projections(), Directions(parameters, 0).of({0: parts.sum(0)}))
 
 
 def test_sparse_and_complex_gradients_are_entered_at_once_too():
@@ -117,7 +117,7 @@ def test_sparse_and_complex_gradients_are_entered_at_once_too():
     assert found.sq_norms == pytest.approx(
         {0: float(dense.square().sum()), 1: float(gradients[1].abs().square().sum())}
     )
-    torch.testing.assert_close(found.image(0), Directions(parameters, 0).probe(0).image_of(dense))
+    torch.testing.assert_close(found.image(0), Directions(parameters, 0).image_of(0, dense))
     assert found.image(1) is None
 
 
