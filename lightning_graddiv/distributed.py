@@ -7,10 +7,13 @@ import torch.distributed as dist
 
 from lightning_graddiv.diversity import GradientMoments, GradientSums
 
+_HAS_PROCESSES = dist.is_available()
+"""Whether torch was built for several."""
+
 
 def world_size() -> int:
     """Return the number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _HAS_PROCESSES and dist.is_initialized() else 1
 
 
 def pool_over_ranks(

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
-from lightning_graddiv.per_example.norms import block_norms_of_rows, sq_norms_of_rows
+from lightning_graddiv.per_example.norms import block_norms_of_rows, sq_norms_of_each_ones_rows, sq_norms_of_rows
 from lightning_graddiv.per_example.products import matrix_vector, vector_matrix
 
 _MOST_CHUNKS = 2
@@ -77,6 +77,42 @@ CANCELLATION = 1e-2
 """Where products between positions cancel to less than this share, their rounding shows in the sum."""
 
 
+class Factor:
+    """One side of the products that contributions are: what is asked of it more than once is computed once.
+
+    Args:
+        values: shape (n, T, width), as in :class:`Outer`, or (n, width), as in :class:`Rows`.
+
+    Attributes:
+        rows: all positions of all examples one after another, shape (n T, width).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._sq_norms: Tensor | None = None
+        self.rows = values if values.ndim == 2 else values.flatten(0, 1)
+
+    @property
+    def sq_norms(self) -> Tensor:
+        """Of each row, shape (n T,), float64."""
+        if self._sq_norms is None:
+            self._sq_norms = sq_norms_of_rows(self.rows)
+        return self._sq_norms
+
+    @cached_property
+    def products(self) -> Tensor:
+        """Of each pair of an example's positions, shape (n, T, T)."""
+        products: Tensor = self._values @ self._values.transpose(-1, -2)
+        return products
+
+    @staticmethod
+    def take_sq_norms(factors: "Sequence[Factor]") -> None:
+        """Compute those of several factors at once."""
+        found = sq_norms_of_each_ones_rows([factor.rows for factor in factors])
+        for factor, sq_norms in zip(factors, found, strict=True):
+            factor._sq_norms = sq_norms
+
+
 class Contributions(ABC):
     """What n examples add to the gradient of one parameter.
 
@@ -104,6 +140,9 @@ class Contributions(ABC):
     @abstractmethod
     def at(self, examples: slice) -> "Contributions":
         """Return those of some examples."""
+
+    factors: tuple[Factor, ...] = ()
+    """Of whose rows the norms will be asked for, which can be taken together with those of others."""
 
     @abstractmethod
     def explicit(self) -> Tensor:
@@ -159,35 +198,6 @@ class Contributions(ABC):
         return math.prod(self.shape)
 
 
-class OutputGradients:
-    """What several parameters of a layer are multiplied with: what is asked of it more than once is computed once.
-
-    Args:
-        values: shape (n, T, out), as in :class:`Outer`, or (n, out), as in :class:`Rows`.
-
-    Attributes:
-        rows: all positions of all examples one after another, shape (n T, out).
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values
-        self._sq_norms: Tensor | None = None
-        self.rows = values if values.ndim == 2 else values.flatten(0, 1)
-
-    @property
-    def sq_norms(self) -> Tensor:
-        """|b_it|^2, shape (n T,), float64."""
-        if self._sq_norms is None:
-            self._sq_norms = sq_norms_of_rows(self.rows)
-        return self._sq_norms
-
-    @cached_property
-    def products(self) -> Tensor:
-        """<b_t, b_s>, shape (n, T, T)."""
-        products: Tensor = self._values @ self._values.transpose(-1, -2)
-        return products
-
-
 @dataclass(eq=False)
 class Explicit(Contributions):
     """Contributions as they are: those of biases and of the scales of normalisation layers, which are small.
@@ -198,7 +208,7 @@ class Explicit(Contributions):
     """
 
     values: Tensor
-    output_gradients: OutputGradients | None = None
+    output_gradients: Factor | None = None
 
     @property
     @override
@@ -232,7 +242,7 @@ class _OfLinearMap(Contributions):
     inputs: Tensor
     output_gradients: Tensor
     shape: torch.Size
-    shared: OutputGradients | None = None
+    shared: Factor | None = None
 
     @property
     @override
@@ -257,6 +267,9 @@ class Rows(_OfLinearMap):
         shared: b, where another parameter is multiplied with it too.
     """
 
+    def __post_init__(self) -> None:
+        self.factors = Factor(self.inputs), Factor(self.output_gradients) if self.shared is None else self.shared
+
     @override
     def explicit(self) -> Tensor:
         return self.output_gradients[:, :, None] * self.inputs[:, None]
@@ -270,8 +283,8 @@ class Rows(_OfLinearMap):
     def measure(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """|b a'|^2 = |b|^2 |a|^2."""
         image = vector_matrix(matrix_vector(self.inputs, right), self.output_gradients)
-        of_b = sq_norms_of_rows(self.output_gradients) if self.shared is None else self.shared.sq_norms
-        return sq_norms_of_rows(self.inputs) * of_b, image
+        a, b = self.factors
+        return a.sq_norms * b.sq_norms, image
 
     @override
     def sketches(self, probe: Probe) -> Tensor:
@@ -338,9 +351,9 @@ class Outer(_OfLinearMap):
         return self.inputs.flatten(0, 1)
 
     @property
-    def _b(self) -> OutputGradients:
+    def _b(self) -> Factor:
         """What nobody shares is let go of at once: products between positions are many."""
-        return OutputGradients(self.output_gradients) if self.shared is None else self.shared
+        return Factor(self.output_gradients) if self.shared is None else self.shared
 
     @override
     def sketches(self, probe: Probe) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions, Spaces
-from lightning_graddiv.per_example.factors import Contributions, added
+from lightning_graddiv.per_example.factors import Contributions, Factor, added
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
 from lightning_graddiv.per_example.modes import as_own_work
@@ -340,8 +340,11 @@ class GhostRecorder:
                 if name in found:
                     contributions[index].append(found[name])
             self._note_precision(use)
-        for index, parts in contributions.items():
-            self._ledger.contribute(index, parts[0] if len(parts) == 1 else added(parts))
+        added_up = {index: parts[0] if len(parts) == 1 else added(parts) for index, parts in contributions.items()}
+        if len(uses) > 1:
+            Factor.take_sq_norms([factor for of_one in added_up.values() for factor in of_one.factors])
+        for index, of_one in added_up.items():
+            self._ledger.contribute(index, of_one)
         for use in uses:
             self.uses.remove(use)
             use.release()

@@ -223,7 +223,7 @@ class GhostStep(InBandStep):
         missed = [recorded.misses[index] for index in self.covered if index in recorded.misses]
         if missed:
             raise UncoveredError(missed[0])
-        self.sums.sum_sq_norms += sum(recorded.totals.get(i, 0.0) for i in self.covered) / scale**2
+        self.sums.sum_sq_norms += sum(recorded.totals.values()) / scale**2
         self.sums.rest_sq_norms += self._pending_sq_norms
         self.sums.sum_weights += self._weight * recorded.examples
         self.sums.sum_sq_weights += self._weight**2 * recorded.examples

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_graddiv.per_example.convolutions import convolution_weight
-from lightning_graddiv.per_example.factors import Contributions, Explicit, Lookup, Outer, OutputGradients, Rows
+from lightning_graddiv.per_example.factors import Contributions, Explicit, Factor, Lookup, Outer, Rows
 from lightning_graddiv.per_example.recurrent import (
     cell_parameters,
     has_known_gates,
@@ -201,7 +201,7 @@ def _linear(
     weight, bias = layer.weight, layer.bias
     found: dict[str, Contributions] = {}
     if arrange.has_rows(output_gradients, leading):
-        shared = OutputGradients(output_gradients)
+        shared = Factor(output_gradients)
         if _wants(weight):
             found["weight"] = Rows(inputs, output_gradients, weight.shape, shared)
         if _wants(bias):

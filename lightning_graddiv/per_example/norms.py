@@ -62,6 +62,22 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
     return exact
 
 
+def sq_norms_of_each_ones_rows(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same for several matrices, shape (n,) each: with few calls for large ones with as many rows."""
+    rows = matrices[0].shape[0] if matrices else 0
+    sizes = [matrix.shape for matrix in matrices]
+    is_one_block = [size[0] == rows and size[1] <= _BLOCK for size in sizes]
+    together = [i for i, matrix in enumerate(matrices) if is_one_block[i] and _takes_blocks(matrix)]
+    found = {}
+    if together:
+        sq_norms = torch.stack([_norms(matrices[i]) for i in together]).double().square_()
+        smallest, largest = torch.aminmax(sq_norms, dim=1)
+        limits = zip(together, smallest.tolist(), largest.tolist(), strict=True)
+        safe = {i for i, low, high in limits if low > _SMALLEST_SAFE_SQUARE and high < math.inf}
+        found = {i: of_one for i, of_one in zip(together, sq_norms, strict=True) if i in safe}
+    return [found[i] if i in found else sq_norms_of_rows(matrix) for i, matrix in enumerate(matrices)]
+
+
 def block_norms_of_rows(values: Tensor) -> Tensor:
     """Return norms of blocks of what each leading index holds, shape (n, blocks): their squares add up to its own."""
     return _in_blocks(wide(real_view(values)).reshape(len(values), -1))
@@ -126,11 +142,11 @@ def sq_norm_of_each(tensors: Collection[Tensor], blocks: Mapping[int, Tensor] = 
     large = {i: blocks[i] if i in blocks else block_norms(listed[i]) for i, n in enumerate(lengths) if n > _SMALL}
     parts = listed.copy()
     for i, of_blocks in large.items():
-        parts[i], lengths[i] = of_blocks, len(of_blocks)
+        parts[i], lengths[i] = of_blocks, of_blocks.shape[0]
     found = _sums_of_segments(flat(parts).double().square_(), lengths)
     for i, of_blocks in large.items():
         # What is lost of a block whose squares vanish is at most 1e-35.
-        is_safe = _SMALLEST_SAFE_SQUARE * len(of_blocks) < found[i] < math.inf
+        is_safe = _SMALLEST_SAFE_SQUARE * lengths[i] < found[i] < math.inf
         if of_blocks.dtype == torch.float32 and not is_safe:
             found[i] = float(torch.linalg.vector_norm(dense(listed[i]), dtype=torch.float64)) ** 2
     return found

@@ -17,7 +17,7 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     if pieces == 1:
         return torch.mv(matrix, vector)
     shared = vector.expand(pieces, 1, -1)
-    return torch.bmm(shared, matrix.unflatten(0, (pieces, -1)).mT).flatten()
+    return torch.bmm(shared, matrix.view(pieces, -1, matrix.shape[1]).mT).view(-1)
 
 
 def vector_matrix(vector: Tensor, matrix: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def vector_matrix(vector: Tensor, matrix: Tensor) -> Tensor:
     pieces = _pieces(matrix)
     if pieces == 1:
         return torch.mv(matrix.T, vector)
-    return torch.bmm(vector.view(pieces, 1, -1), matrix.unflatten(0, (pieces, -1))).sum((0, 1))
+    return torch.bmm(vector.view(pieces, 1, -1), matrix.view(pieces, -1, matrix.shape[1])).sum((0, 1))
 
 
 def _pieces(matrix: Tensor) -> int:

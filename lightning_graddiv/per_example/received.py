@@ -108,7 +108,7 @@ class Received:
             self._kept |= dict(zip(kept, entries.split([gradient.numel() for gradient in kept.values()]), strict=True))
         self._known |= known
         for index, gradient in gradients.items():
-            if gradient.is_complex():
+            if index not in sq_norms:
                 self.add_complex(index, gradient)
             elif index in known:
                 self._mark(index, gradient)
@@ -185,9 +185,9 @@ class Received:
         """
         found = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
         is_known = found.keys() == set(self.indices) and self._marks.keys() == self._images.keys() | self._known.keys()
-        if not is_known or self._complex or any(gradient.is_sparse for gradient in found.values()):
+        if not is_known or self._complex or {gradient.layout for gradient in found.values()} - {torch.strided}:
             return False
-        if any(_mark_of(found[index]) != mark for index, mark in self._marks.items()):
+        if self._marks != {index: _mark_of(found[index]) for index in self._marks}:
             return False
         pairs = [(kept, found[index]) for index, kept in self._kept.items()]
         return all(was.device == now.device for was, now in pairs) and _are_equal(pairs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_graddiv.per_example.factors import Contributions, Explicit, Outer, OutputGradients
+from lightning_graddiv.per_example.factors import Contributions, Explicit, Factor, Outer
 from lightning_graddiv.per_example.gates import GateGradients, Scan, gru_gates, lstm_gates, relu_gates, tanh_gates
 
 _GATES: dict[str, GateGradients] = {
@@ -159,7 +159,7 @@ def _contributions(
     found: dict[str, Contributions] = {}
     sides = [arranged(gradients[0])]
     sides.append(sides[0] if gradients[1] is gradients[0] else arranged(gradients[1]))
-    shared = OutputGradients(sides[0]) if sides[1] is sides[0] else None
+    shared = Factor(sides[0]) if sides[1] is sides[0] else None
     for name, b, a in zip(names[:2], sides, (scan.inputs, scan.before), strict=True):
         if getattr(layer, name).requires_grad:
             found[name] = Outer(arranged(a), b, getattr(layer, name).shape, shared)

@@ -10,9 +10,9 @@ from lightning_graddiv.per_example import devices
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import (
     Explicit,
+    Factor,
     Lookup,
     Outer,
-    OutputGradients,
     Probe,
     Rows,
     Total,
@@ -178,7 +178,7 @@ def test_positions_are_not_compared_with_each_other_where_that_costs_more(name, 
 
 def test_products_between_positions_are_bounded(monkeypatch):
     contributions, formed = build("few positions")
-    held, products, by_gram, multiply = [], [], Outer._by_gram, OutputGradients.products.func
+    held, products, by_gram, multiply = [], [], Outer._by_gram, Factor.products.func
 
     def watched(part):
         held.append(len(part))
@@ -191,7 +191,7 @@ def test_products_between_positions_are_bounded(monkeypatch):
         return found
 
     monkeypatch.setattr(Outer, "_by_gram", watched)
-    monkeypatch.setattr(OutputGradients.products, "func", multiplied)
+    monkeypatch.setattr(Factor.products, "func", multiplied)
     monkeypatch.setattr(devices, "_CHUNK_BYTES", 2 * 8 * 3**2)  # two examples, float64, 3 positions
     assert_measures(contributions, formed)
     assert held == [2, 2, 1]
