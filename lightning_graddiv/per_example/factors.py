@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
-from lightning_graddiv.per_example.norms import block_norms_of_rows, sq_norms_of_each_ones_rows, sq_norms_of_rows
+from lightning_graddiv.per_example.norms import block_norms_of_rows, sq_norms_of_rows, sq_norms_of_rows_of_each
 from lightning_graddiv.per_example.products import matrix_vector, vector_matrix
 
 _MOST_CHUNKS = 2
@@ -108,7 +108,7 @@ class Factor:
     @staticmethod
     def take_sq_norms(factors: "Sequence[Factor]") -> None:
         """Compute those of several factors at once."""
-        found = sq_norms_of_each_ones_rows([factor.rows for factor in factors])
+        found = sq_norms_of_rows_of_each([factor.rows for factor in factors])
         for factor, sq_norms in zip(factors, found, strict=True):
             factor._sq_norms = sq_norms
 

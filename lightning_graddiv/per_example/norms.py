@@ -62,7 +62,7 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
     return exact
 
 
-def sq_norms_of_each_ones_rows(matrices: Sequence[Tensor]) -> list[Tensor]:
+def sq_norms_of_rows_of_each(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Return the same for several matrices, shape (n,) each: with few calls for large ones with as many rows."""
     rows = matrices[0].shape[0] if matrices else 0
     sizes = [matrix.shape for matrix in matrices]

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from lightning_graddiv.per_example import devices
+from lightning_graddiv.per_example import devices, factors
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import (
     Explicit,
@@ -283,6 +283,14 @@ def test_a_gradient_that_is_wrong_by_what_sums_to_zero_is_noticed_whatever_the_s
     for seed in range(200):
         assert float(probe_of(shape, seed).of(wrong).abs().max()) > 1e-6
         assert float(image_of(wrong, right_of(shape, seed)).norm()) > 1e-6
+
+
+def test_norms_of_several_maps_can_be_taken_together(monkeypatch):
+    (some, formed), (others, formed_too) = build("rows"), build("rows", seed=1)
+    Factor.take_sq_norms([*some.factors, *others.factors])
+    monkeypatch.setattr(factors, "sq_norms_of_rows", refuse)
+    assert_measures(some, formed)
+    assert_measures(others, formed_too)
 
 
 def test_an_image_is_as_long_as_the_gradient_on_average_whatever_its_rank():

@@ -14,6 +14,7 @@ from lightning_graddiv.per_example.norms import (
     sq_norm_of_each,
     sq_norms_of_each_row,
     sq_norms_of_rows,
+    sq_norms_of_rows_of_each,
     sum_of_squares,
 )
 
@@ -102,6 +103,32 @@ def test_norms_of_rows_of_several_matrices_keep_their_order():
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, part.double().square().sum(1))
     assert sq_norms_of_each_row([]) == []
+
+
+@pytest.mark.parametrize("processors", [frozenset({"cpu"}), frozenset()], ids=["processor", "accelerator"])
+def test_norms_of_rows_of_large_and_small_matrices_keep_their_order(processors, monkeypatch):
+    monkeypatch.setattr(devices, "_PROCESSORS", processors)
+    calls, original = [], torch.aminmax
+    monkeypatch.setattr(torch, "aminmax", lambda *args, **kwargs: (calls.append(args), original(*args, **kwargs))[1])
+    large = [drawn(64, 784), drawn(64, 1024, scale=3.0), drawn(64, 520)]
+    others = {
+        "small": drawn(64, 10),
+        "of several blocks": drawn(64, 1500),
+        "too small for float32": drawn(64, 1000, scale=1e-30),
+        "too large for float32": drawn(64, 900, scale=1e25),
+        "a row of zeros": torch.cat([torch.zeros(1, 600), drawn(63, 600)]),
+        "float64": drawn(64, 1024, dtype=torch.float64),
+        "other precision": drawn(64, 1024, dtype=torch.bfloat16),
+        "fewer rows": drawn(40, 1000),
+    }
+    matrices = [large[0], *others.values(), *large[1:]]
+    for found, matrix in zip(sq_norms_of_rows_of_each(matrices), matrices, strict=True):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, matrix.double().square().sum(1), rtol=1e-6, atol=0.0)
+    calls.clear()
+    sq_norms_of_rows_of_each(large)
+    assert len(calls) == (1 if processors else 0)  # an accelerator looks at no range
+    assert sq_norms_of_rows_of_each([]) == []
 
 
 @pytest.mark.parametrize("processors", [frozenset({"cpu"}), frozenset()], ids=["processor", "accelerator"])
