@@ -11,11 +11,11 @@ from lightning_graddiv.contributions import ContributionSums
 from lightning_graddiv.distributed import pool_over_ranks, smallest_over_ranks, summed_over_ranks, world_size
 from lightning_graddiv.diversity import GradientMoments, GradientSums
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.ghost import is_sharded
 from lightning_graddiv.per_example.in_band import GhostStep, GroupStep, UncoveredError
 from lightning_graddiv.per_example.microbatch import GroupSums
 from lightning_graddiv.per_example.norms import dense, flat, real_view, sq_norm_of_each, sum_of_squares
+from lightning_graddiv.per_example.probes import DIRECTIONS
 
 MIN_COVERAGE = 0.9
 """Of |gradient|^2; below it, what is measured says too little about the whole."""

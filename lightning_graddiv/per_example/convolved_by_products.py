@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from lightning_graddiv.per_example.convolved import Convolved
 from lightning_graddiv.per_example.devices import chunk_bytes
-from lightning_graddiv.per_example.factors import Contributions, Outer, forming_is_cheaper
+from lightning_graddiv.per_example.factors import Contributions
+from lightning_graddiv.per_example.linear_maps import Outer, forming_is_cheaper
 
 _CALLS_OF_A_CHUNK = 5
 """On an accelerator, for a copy of patches and their product; a step along the kernel takes one."""

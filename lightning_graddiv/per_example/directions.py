@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_graddiv.per_example.factors import DIRECTIONS, Probe, image_of
 from lightning_graddiv.per_example.norms import flat, sum_dtype
+from lightning_graddiv.per_example.probes import DIRECTIONS, Probe, image_of
 
 _SMALL = 2**16
 """Parameters of up to so many numbers are kept until a pass is over and handled together: one by one, the calls would

@@ -24,13 +24,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions, Spaces
-from lightning_graddiv.per_example.factors import Contributions, Factor, added
+from lightning_graddiv.per_example.factors import Contributions, Factor
 from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
 from lightning_graddiv.per_example.modes import as_own_work
 from lightning_graddiv.per_example.norms import dense
 from lightning_graddiv.per_example.precision import rounds_products
 from lightning_graddiv.per_example.records import Recorded, Use
+from lightning_graddiv.per_example.totals import added
 
 Layouts = Mapping[tuple[int, int], Layout]
 """How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""

@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.directions import Spaces
-from lightning_graddiv.per_example.factors import DIRECTIONS
 from lightning_graddiv.per_example.fingerprint import KnownGraphs
 from lightning_graddiv.per_example.ghost import GhostRecorder, WatchedLayer
 from lightning_graddiv.per_example.losses import StepLoss
+from lightning_graddiv.per_example.probes import DIRECTIONS
 from lightning_graddiv.per_example.proof import GhostPlan
 from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.select import PerExampleEngine

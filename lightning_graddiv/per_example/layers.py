@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_graddiv.per_example.convolutions import convolution_weight
-from lightning_graddiv.per_example.factors import Contributions, Explicit, Factor, Lookup, Outer, Rows
+from lightning_graddiv.per_example.factors import Contributions, Explicit, Factor, Lookup
+from lightning_graddiv.per_example.linear_maps import Outer, Rows
 from lightning_graddiv.per_example.recurrent import (
     cell_parameters,
     has_known_gates,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_graddiv.errors import MeasurementError, MixingError
 from lightning_graddiv.per_example.batches import select
-from lightning_graddiv.per_example.factors import Contributions, added
+from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.functional import differentiate
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.layers import Layout
@@ -33,6 +33,7 @@ from lightning_graddiv.per_example.separability import (
     tolerance,
 )
 from lightning_graddiv.per_example.sketches import Sketcher, gradients_let_go
+from lightning_graddiv.per_example.totals import added
 
 Reduction = Literal["mean", "sum", "weighted"]
 

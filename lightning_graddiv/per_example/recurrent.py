@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_graddiv.per_example.factors import Contributions, Explicit, Factor, Outer
+from lightning_graddiv.per_example.factors import Contributions, Explicit, Factor
 from lightning_graddiv.per_example.gates import GateGradients, Scan, gru_gates, lstm_gates, relu_gates, tanh_gates
+from lightning_graddiv.per_example.linear_maps import Outer
 
 _GATES: dict[str, GateGradients] = {
     "LSTM": lstm_gates,

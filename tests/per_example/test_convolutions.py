@@ -10,8 +10,9 @@ from lightning_graddiv.per_example import convolved, devices
 from lightning_graddiv.per_example.convolved import Convolved
 from lightning_graddiv.per_example.convolved_by_products import ConvolvedByProducts, Patches
 from lightning_graddiv.per_example.directions import Directions
-from lightning_graddiv.per_example.factors import Total, image_of
 from lightning_graddiv.per_example.layers import Arrangement, Layout, layer_type
+from lightning_graddiv.per_example.probes import image_of
+from lightning_graddiv.per_example.totals import Total
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 

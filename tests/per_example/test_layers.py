@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_graddiv.per_example.directions import Directions
-from lightning_graddiv.per_example.factors import image_of
 from lightning_graddiv.per_example.layers import LAYER_TYPES, Arrangement, Layout, layer_type, mixes_examples
+from lightning_graddiv.per_example.probes import image_of
 
 N = 4
 
