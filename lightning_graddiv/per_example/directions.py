@@ -80,7 +80,7 @@ class Directions:
         self._count = count
         spaces = Spaces.of(parameters) if spaces is None else spaces
         self.small, self.vectors, self._places = spaces.small, spaces.vectors, spaces.places
-        self._found: dict[int, Tensor] = {}
+        self._rights: dict[int, Tensor] = {}
 
     def probe(self, index: int) -> Probe:
         """Return the directions for one parameter, on its device."""
@@ -88,9 +88,9 @@ class Directions:
 
     def right(self, index: int) -> Tensor:
         """Return the right side of a parameter's first direction, shape (numel / o,), on its device."""
-        found = self._found.get(index)
+        found = self._rights.get(index)
         if found is None:
-            found = self._found[index] = self._right(index, self._numbers[0])
+            found = self._rights[index] = self._right(index, self._numbers[0])
         return found
 
     def _right(self, index: int, numbers: Tensor) -> Tensor:

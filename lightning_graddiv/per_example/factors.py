@@ -27,7 +27,7 @@ class Factor:
     """One side of the products that contributions are: what is asked of it more than once is computed once.
 
     Args:
-        values: shape (n, T, width), as in :class:`Outer`, or (n, width), as in :class:`Rows`.
+        values: shape (n, T, width), as in :class:`.Outer`, or (n, width), as in :class:`.Rows`.
 
     Attributes:
         rows: all positions of all examples one after another, shape (n T, width).
