@@ -1,4 +1,4 @@
-"""Random directions in the space of a module's parameters, in which gradients are compared without keeping them."""
+"""Random directions in the space of a module's parameters, by which gradients are compared without keeping them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,10 +81,14 @@ class Directions:
         spaces = Spaces.of(parameters) if spaces is None else spaces
         self.small, self.vectors, self._places = spaces.small, spaces.vectors, spaces.places
         self._rights: dict[int, Tensor] = {}
+        self._probes: dict[int, Probe] = {}
 
     def probe(self, index: int) -> Probe:
         """Return the directions for one parameter, on its device."""
-        return Probe(self._left(index), self._right(index, self._numbers))
+        found = self._probes.get(index)
+        if found is None:
+            found = self._probes[index] = Probe(self._left(index), self._right(index, self._numbers))
+        return found
 
     def right(self, index: int) -> Tensor:
         """Return the right side of a parameter's first direction, shape (numel / o,), on its device."""
@@ -110,19 +114,22 @@ class Directions:
         return numbers.to(parameter.device, sum_dtype(parameter))
 
     def image_of(self, index: int, gradient: Tensor) -> Tensor:
-        """Return what a gradient takes :meth:`right` to, shape (o,)."""
-        return image_of(gradient, self.right(index))
+        """Return what a gradient, which may be flattened, takes :meth:`right` to, shape (o,)."""
+        start, middle, _ = self._places[index]
+        right = self.right(index)
+        return image_of(gradient, right) if gradient.numel() > 0 else right.new_zeros(middle - start)
 
-    def of(self, gradients: Mapping[int, Tensor]) -> Tensor:
+    def projections_of(self, gradients: Mapping[int, Tensor]) -> Tensor:
         """Return the projections of dense real gradients on directions that share :meth:`right`, taken together.
 
         Returns:
             Tensor of shape (p,), float64, on the processor.
         """
-        images = {i: self.image_of(i, gradient) for i, gradient in gradients.items() if i not in self.vectors}
-        return self.of_images({i: gradient for i, gradient in gradients.items() if i in self.vectors} | images)
+        vectors = self.vectors  # which are what they take a single one to
+        images = {i: gradient if i in vectors else self.image_of(i, gradient) for i, gradient in gradients.items()}
+        return self.projections_of_images(images)
 
-    def of_images(self, images: Mapping[int, Tensor]) -> Tensor:
+    def projections_of_images(self, images: Mapping[int, Tensor]) -> Tensor:
         """Return the same of gradients that were taken by their images, in one product for each device."""
         total = torch.zeros(self._count, dtype=torch.float64, device="cpu")
         for device in {image.device for image in images.values()}:

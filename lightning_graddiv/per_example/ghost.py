@@ -40,9 +40,10 @@ Layouts = Mapping[tuple[int, int], Layout]
 WatchedLayer = tuple[nn.Module, LayerType, dict[str, int]]
 """A layer, what is known of its type, and which of its parameters are measured, name to index."""
 
-_WAITING_NUMBERS = 2**20
-"""What layers may hold together until the pass is over, to be measured at once: a processor that has just multiplied
-large matrices takes up to three times as long for a few small operations as it does for the same ones again."""
+_WAITING_BYTES = 4 * 2**20
+"""What uses of layers may hold together until the pass is over, to be measured at once, beside those that have to wait:
+a processor that has just multiplied large matrices takes up to three times as long for a few small operations as it
+does for the same ones again."""
 
 _SECOND_PASS = "it takes part in more than one backward pass"
 
@@ -122,7 +123,7 @@ class GhostRecorder:
         self.uses = []
         self._examples = examples
         self._calls: dict[int, int] = defaultdict(int)
-        self._waiting_numbers = 0
+        self._waiting_bytes = 0.0
         self._ledger.begin(examples)
         self._noted: set[tuple[torch.dtype, torch.device]] = set()
         self._error: Exception | None = None
@@ -244,17 +245,15 @@ class GhostRecorder:
         Raises:
             MeasurementError: something could not be recorded, or is not finite.
         """
-        if self._error is not None:
-            raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
         try:
-            return as_own_work(self._finish)
+            for rest in (self._on_end, self._measure_waiting):  # the end of another loss
+                if self._error is None:
+                    self._try(rest)
+            if self._error is not None:
+                raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
+            return as_own_work(self._ledger.balance)
         finally:
             self._clear()
-
-    def _finish(self) -> Recorded:
-        self._on_end()  # of another loss
-        self._measure_waiting()
-        return self._ledger.balance()
 
     def used(self, index: int) -> list[Use]:
         """Return the uses of a parameter that the backward pass has reached, in the order of the calls."""
@@ -265,11 +264,14 @@ class GhostRecorder:
         if self._error is not None or self.is_paused:
             return
         start = time.perf_counter()
+        self._try(record, *what)
+        self.seconds += time.perf_counter() - start
+
+    def _try(self, record: Callable[..., None], *what: Any) -> None:
         try:
             as_own_work(record, *what)
         except Exception as error:
             self._error = error
-        self.seconds += time.perf_counter() - start
 
     def _on_call(
         self,
@@ -305,19 +307,19 @@ class GhostRecorder:
             for index in use.parameters.values():
                 self._ledger.misses[index] = _SECOND_PASS
             return
-        use.is_reached = True
-        use.output_gradients = tuple([None if gradient is None else gradient.detach() for gradient in gradients])
-        if self._knows_layouts and not self._is_waiting(use):
+        use.receive(gradients)
+        must_wait = not self._knows_layouts or not self._shared.isdisjoint(use.parameters.values())
+        if not must_wait and not self._put_off(use):
             self._measure([use])
 
-    def _is_waiting(self, use: Use) -> bool:
-        """Tell whether to measure a use when the pass is over, as those of parameters that have several must be."""
-        if self._shared and not self._shared.isdisjoint(use.parameters.values()):
-            return True
-        numbers = self._waiting_numbers + use.numel()
-        if not self._is_awaiting_end or numbers > _WAITING_NUMBERS:
+    def _put_off(self, use: Use) -> bool:
+        """Leave a use to the end of the pass if that is waited for, and little is held until then; tell whether."""
+        if not self._is_awaiting_end:
             return False
-        self._waiting_numbers = numbers
+        held = self._waiting_bytes + use.held_bytes()
+        if held > _WAITING_BYTES:
+            return False
+        self._waiting_bytes = held
         return True
 
     def _measure_waiting(self) -> None:
@@ -341,11 +343,11 @@ class GhostRecorder:
                 if name in found:
                     contributions[index].append(found[name])
             self._note_precision(use)
-        added_up = {index: parts[0] if len(parts) == 1 else added(parts) for index, parts in contributions.items()}
         if len(uses) > 1:
-            Factor.take_sq_norms([factor for of_one in added_up.values() for factor in of_one.factors])
-        for index, of_one in added_up.items():
-            self._ledger.contribute(index, of_one)
+            alone = [parts[0] for parts in contributions.values() if len(parts) == 1]
+            Factor.take_sq_norms([factor for of_one in alone for factor in of_one.factors])
+        for index in list(contributions):
+            self._ledger.contribute(index, added(contributions.pop(index)))
         for use in uses:
             self.uses.remove(use)
             use.release()
@@ -363,7 +365,7 @@ class GhostRecorder:
 
     def projected(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return the projections of all parameters' gradients together, shape (p,), float64."""
-        return self._directions.of(
+        return self._directions.projections_of(
             {
                 index: dense(gradient)
                 for index, gradient in enumerate(gradients)

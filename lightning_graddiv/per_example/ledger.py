@@ -114,9 +114,9 @@ class Ledger:
                 self._images[index] = self._directions.image_of(index, total)
 
     def _may_keep_sum(self, index: int, contributions: Contributions) -> bool:
-        """Tell whether the sum of large contributions may be kept until the pass is over, for few calls.
+        """Tell whether the sum of large contributions may be kept until the gradients are read, for few calls.
 
-        It has no more numbers than the layer's input, which the pass usually frees next.
+        It has no more numbers than the layer's input, which is usually freed next.
         """
         is_small = math.prod(contributions.shape) <= contributions.by_example.numel()
         return is_small and self._gives_all_at_end and index not in self._received

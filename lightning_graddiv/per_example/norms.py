@@ -63,7 +63,10 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
 
 
 def sq_norms_of_rows_of_each(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Return the same for several matrices, shape (n,) each: with few calls for large ones with as many rows."""
+    """Return the squared norms of the rows of several matrices, shape (n,) each, float64.
+
+    On a processor with few calls for large ones that have as many rows.
+    """
     rows = matrices[0].shape[0] if matrices else 0
     sizes = [matrix.shape for matrix in matrices]
     is_one_block = [size[0] == rows and size[1] <= _BLOCK for size in sizes]
@@ -83,7 +86,7 @@ def block_norms_of_rows(values: Tensor) -> Tensor:
     return _in_blocks(wide(real_view(values)).reshape(len(values), -1))
 
 
-def sq_norms_of_each_row(parts: Sequence[Tensor]) -> list[Tensor]:
+def sq_norms_of_rows_by_width(parts: Sequence[Tensor]) -> list[Tensor]:
     """Return the squared norms of the rows of several matrices with as many rows, shape (n,) each, float64.
 
     Those of one width together: with as many calls as there are widths.
@@ -181,7 +184,7 @@ def _sums_of_segments(values: Tensor, lengths: Sequence[int]) -> list[float]:
         sums: list[float] = torch.segment_reduce(values, "sum", lengths=torch.tensor(lengths, device="cpu")).tolist()
         return sums
     starts = list(accumulate(lengths[:-1], initial=0))
-    found: list[float] = np.add.reduceat(values.numpy(), starts).tolist()
+    found: list[float] = np.add.reduceat(values.detach().numpy(), starts).tolist()
     return found
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_graddiv.per_example.products import matrix_vector
 
 DIRECTIONS = 4
-"""Numbers by which gradients are compared."""
+"""Numbers by which the gradient that is applied is compared with what backward passes gave."""
 
 
 @dataclass(eq=False)

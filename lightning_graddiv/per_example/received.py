@@ -30,7 +30,7 @@ class Received:
     Args:
         parameters: all parameters.
         directions: of projections.
-        keeps_norms: whether norms are asked for; else they are estimated from the projections.
+        keeps_norms: whether norms are asked for; else they are estimated from the images.
         keeps_local: whether to keep the norm of the gradient so far, before processes exchange theirs.
 
     Attributes:
@@ -117,8 +117,10 @@ class Received:
 
     def look_at(self, index: int, gradient: Tensor) -> None:
         """Read a large gradient, of which :meth:`add_all` will be told, while the processor still has it at hand."""
-        self.blocks[index] = block_norms(dense(gradient))
-        self.take_image(index, gradient)
+        whole = dense(gradient)
+        self.blocks[index] = block_norms(whole)
+        self._images[index] = self._directions.image_of(index, whole)
+        self._mark(index, gradient)
 
     def take_image(self, index: int, gradient: Tensor) -> Tensor:
         """Return the image of a gradient of which :meth:`add_all` will be told; it is kept instead of the gradient."""
@@ -174,7 +176,9 @@ class Received:
 
     def projections(self) -> Tensor:
         """Return the projections of all gradients together, shape (p,), float64, on the processor."""
-        return self._directions.of_images(self._images) + self._directions.of(self._kept | self._known)
+        return self._directions.projections_of_images(self._images) + self._directions.projections_of(
+            self._kept | self._known
+        )
 
     def is_still(self, gradients: Sequence[Tensor | None]) -> bool:
         """Tell whether the parameters' gradients are these, and nothing was done to them since.

@@ -1,5 +1,6 @@
 """What is recorded of a training step: the calls of its layers, and what a backward pass showed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.factors import Contributions
 from lightning_graddiv.per_example.layers import Arrangement, LayerType, Layout
-from lightning_graddiv.per_example.norms import WIDE, sq_norms_of_each_row, wide
+from lightning_graddiv.per_example.norms import WIDE, sq_norms_of_rows_by_width, wide
 from lightning_graddiv.per_example.received import Received
 
 
@@ -27,6 +28,7 @@ class Use:
         output: the first of what came out, if the rule needs it.
         versions: how often each of these had been written to.
         output_gradients: of all that came out; none until the backward pass comes by.
+        gradient_versions: how often each of these had been written to.
         is_reached: whether it has come by.
     """
 
@@ -38,6 +40,7 @@ class Use:
     output: Tensor | None
     versions: tuple[int, ...] = field(init=False)
     output_gradients: tuple[Tensor | None, ...] = ()
+    gradient_versions: tuple[int, ...] = ()
     is_reached: bool = False
     _found: tuple[Layout, dict[str, Contributions]] | None = field(default=None, init=False)
 
@@ -46,14 +49,22 @@ class Use:
         self.output = None if self.output is None else self.output.detach()
         self.versions = _versions(*self.inputs, self.output)
 
+    def receive(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradients of what came out, as the backward pass comes by."""
+        self.is_reached = True
+        self.output_gradients = tuple([None if gradient is None else gradient.detach() for gradient in gradients])
+        self.gradient_versions = _versions(*self.output_gradients)
+
     def release(self) -> None:
-        """Let go of the tensors, which the backward pass is about to free."""
+        """Let go of the tensors, which nobody else may hold any more."""
         self.inputs, self.output, self.output_gradients, self._found = (), None, (), None
 
-    def numel(self) -> int:
-        """Return how many numbers are held."""
-        held = (*self.inputs, self.output, *self.output_gradients)
-        return sum([0 if value is None else value.numel() for value in held])
+    def held_bytes(self) -> float:
+        """Return how much memory cannot be freed: of a view, all that it is a view of."""
+        held = [value for value in (*self.inputs, self.output, *self.output_gradients) if value is not None]
+        if any(value.layout is not torch.strided for value in held):
+            return math.inf
+        return sum([value.untyped_storage().nbytes() for value in held])
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -87,6 +98,10 @@ class Use:
     def _form(self, arrangement: Arrangement) -> dict[str, Contributions]:
         if _versions(*self.inputs) != self.versions[: len(self.inputs)]:
             raise MeasurementError(f"the input of a `{type(self.layer).__name__}` was changed in place after its use")
+        if _versions(*self.output_gradients) != self.gradient_versions:
+            raise MeasurementError(
+                f"the gradient of the output of a `{type(self.layer).__name__}` was changed in place after its use"
+            )
         dtype = self.gradient_dtype
         if dtype is None:
             raise MeasurementError("the backward pass did not reach the layer")
@@ -128,7 +143,7 @@ class Recorded:
     @cached_property
     def sq_norms(self) -> dict[int, Tensor]:
         """Squared norms of the contributions, shape (n,), float64."""
-        found = self.known | dict(zip(self.parts, sq_norms_of_each_row(list(self.parts.values())), strict=True))
+        found = self.known | dict(zip(self.parts, sq_norms_of_rows_by_width(list(self.parts.values())), strict=True))
         self.parts = {}  # they may be views of what is much larger
         return found
 

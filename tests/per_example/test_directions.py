@@ -46,8 +46,8 @@ def test_all_parameters_together_are_the_sum_of_each():
     for index, gradient in given.items():
         left, right = directions.probe(index).left, directions.right(index)
         expected += left @ (gradient.reshape(left.shape[1], len(right)) @ right)
-    torch.testing.assert_close(directions.of(given), expected, rtol=1e-12, atol=1e-12)
-    assert directions.of({}).tolist() == [0.0] * 4
+    torch.testing.assert_close(directions.projections_of(given), expected, rtol=1e-12, atol=1e-12)
+    assert directions.projections_of({}).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("index", range(len(SHAPES)))
@@ -55,8 +55,8 @@ def test_a_parameter_that_is_left_out_counts_as_zero(index):
     directions, given = Directions(parameters(), 0), gradients()
     without = {i: gradient for i, gradient in given.items() if i != index}
     zero = without | {index: torch.zeros(SHAPES[index], dtype=torch.float64)}
-    torch.testing.assert_close(directions.of(without), directions.of(zero))
-    assert float((directions.of(without) - directions.of(given)).abs().max()) > 0.01
+    torch.testing.assert_close(directions.projections_of(without), directions.projections_of(zero))
+    assert float((directions.projections_of(without) - directions.projections_of(given)).abs().max()) > 0.01
 
 
 def test_they_are_random_where_a_proof_has_switched_noise_off():
@@ -69,9 +69,11 @@ def test_they_are_random_where_a_proof_has_switched_noise_off():
 def test_images_are_projected_as_the_gradients_are():
     directions, given = Directions(parameters(), 0), gradients()
     images = {index: directions.image_of(index, gradient) for index, gradient in given.items()}
-    torch.testing.assert_close(directions.of_images(images), directions.of(given), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        directions.projections_of_images(images), directions.projections_of(given), rtol=1e-12, atol=1e-12
+    )
     for index, image in images.items():
-        alone = directions.of_images({index: image})
+        alone = directions.projections_of_images({index: image})
         torch.testing.assert_close(alone, directions.probe(index).left.double() @ image, rtol=1e-12, atol=1e-12)
 
 
@@ -79,8 +81,8 @@ def test_parameters_of_two_precisions_are_projected_together():
     given = {i: torch.ones(3, 2, dtype=(torch.float32, torch.float64)[i % 2]) for i in range(12)}
     directions = Directions(list(given.values()), 0)
     exact = Directions([gradient.double() for gradient in given.values()], 0)
-    expected = exact.of({index: gradient.double() for index, gradient in given.items()})
-    torch.testing.assert_close(directions.of(given), expected, rtol=1e-5, atol=1e-5)
+    expected = exact.projections_of({index: gradient.double() for index, gradient in given.items()})
+    torch.testing.assert_close(directions.projections_of(given), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 1, 1), ()], ids=str)

@@ -225,9 +225,9 @@ class TestTheOnlyPass:
         torch.testing.assert_close(found.received.projections(), by_hooks.received.projections())
         assert found.received.is_still([parameter.grad for parameter in net.parameters()])
 
-    @pytest.mark.parametrize(("numbers", "waiting"), [(0, 0), (N * 5, 1), (N * 15, 2), (2**20, 3)])
-    def test_small_layers_wait_for_the_end_of_the_pass_as_long_as_they_hold_little(self, numbers, waiting, monkeypatch):
-        monkeypatch.setattr(ghost, "_WAITING_NUMBERS", numbers)
+    @pytest.mark.parametrize(("size", "waiting"), [(0, 0), (8 * N * 5, 1), (8 * N * 15, 2), (2**20, 3)])
+    def test_small_layers_wait_for_the_end_of_the_pass_as_long_as_they_hold_little(self, size, waiting, monkeypatch):
+        monkeypatch.setattr(ghost, "_WAITING_BYTES", size)
         widths, x, held = [5, 6, 4, 1], batch().requires_grad_(), []
         layers = [part for sizes in pairwise(widths) for part in (nn.Linear(*sizes), nn.Tanh())]
         net = nn.Sequential(*layers).double()
@@ -238,9 +238,79 @@ class TestTheOnlyPass:
         found = recorded_at_the_end(net, lambda net: net(x).square().sum(), look)
         assert len(held[0]) == waiting
         assert not any(use.output_gradients for use in held[0])  # nor afterwards
+        assert found.misses == {}
         by_hooks = recorded(net, lambda net: net(x).square().sum())
         for index, sq_norms in by_hooks.sq_norms.items():
             torch.testing.assert_close(found.sq_norms[index], sq_norms, rtol=1e-12, atol=0)
+
+    def test_a_layer_that_sees_a_part_of_much_does_not_wait(self):
+        """It would keep all of it."""
+        net, much, waiting = nn.Linear(5, 3).double(), torch.randn(N, 2**18, dtype=torch.float64), []
+        start = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        start.register_hook(lambda _: waiting.append([use for use in self.recorder.uses if use.output_gradients]))
+
+        def look(recorder):
+            self.recorder = recorder
+
+        found = recorded_at_the_end(net, lambda net: net(much[:, :5] * 1.0 + start).square().sum(), look)
+        assert len(waiting.pop()) == 1
+        found = recorded_at_the_end(net, lambda net: (net(much[:, :5]) + start).square().sum(), look)
+        assert waiting == [[]]
+        assert found.misses == {}
+
+    @pytest.mark.parametrize("which", ["the loss", "another loss"])
+    def test_an_error_of_ours_at_the_end_does_not_end_the_backward_pass(self, which, monkeypatch):
+        known = layers.LAYER_TYPES[nn.Linear]
+        broken = layers.LayerType(lambda *_: 1 / 0, known.leading, known.accepts)
+        monkeypatch.setitem(layers.LAYER_TYPES, nn.Linear, broken)
+        net, x = nn.Linear(5, 3).double(), batch()
+
+        def run(recorder):
+            loss = net(x).square().sum()
+            recorder.await_end_of(loss if which == "the loss" else net(x).sum())
+            loss.backward()
+
+        with pytest.raises(MeasurementError, match="Recording the backward pass failed: division by zero"):
+            self.watched(net, run)
+        assert net.weight.grad is not None
+
+    def test_an_input_that_was_changed_after_the_call_is_an_error(self):
+        net, x = nn.Linear(5, 3).double(), batch()
+        net.weight.requires_grad_(False)
+
+        def loss(net):
+            out = net(x)
+            x.add_(1)
+            return out.square().sum()
+
+        with pytest.raises(MeasurementError, match="the input of a `Linear` was changed in place"):
+            recorded_at_the_end(net, loss)
+
+    def test_a_gradient_that_another_branch_changes_in_place_is_an_error(self):
+        """An addition hands both of its branches the same tensor."""
+
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, values):
+                return values.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient.mul_(2)
+
+        net, x, free = nn.Linear(5, 3).double(), batch(), torch.ones(N, 3, dtype=torch.float64, requires_grad=True)
+
+        def loss(net):
+            aside = Doubled.apply(free)  # it comes last in the backward pass
+            return (net(x) + aside).square().sum()
+
+        with pytest.raises(MeasurementError, match="the gradient of the output of a `Linear` was changed in place"):
+            recorded_at_the_end(net, loss)
+
+    def test_a_large_weight_that_is_used_outside_of_the_layer_is_missed(self):
+        net, x = nn.Linear(300, 300).double(), batch(300)
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum() + net.weight.square().sum())
+        assert found.misses == {0: "it is used outside of its layer"}
 
     def assert_unwatched(self, net):
         assert self.hooks(net) == [0, 0, 0, 0]
@@ -567,7 +637,9 @@ class TestOnAnAccelerator:
         net, x = nn.Linear(self.WIDTH, self.WIDTH).double(), self.batch()
         found = recorded_at_the_end(net, lambda net: net(net(x).tanh()).square().sum(), shared=frozenset({0, 1}))
         assert found.misses == {}
-        assert found.received.image(0) is None  # they are before the gradient is read, which needs no image then
+        assert (
+            found.received.image(0) is None
+        )  # their sum is there when the gradient is read, which needs no image then
         for i in range(N):
             net.zero_grad()
             net(net(x[i : i + 1]).tanh()).square().sum().backward()

@@ -12,8 +12,8 @@ from lightning_graddiv.per_example.norms import (
     block_norms_of_rows,
     distances,
     sq_norm_of_each,
-    sq_norms_of_each_row,
     sq_norms_of_rows,
+    sq_norms_of_rows_by_width,
     sq_norms_of_rows_of_each,
     sum_of_squares,
 )
@@ -79,6 +79,12 @@ def test_norms_of_several_tensors_are_those_of_float64(name):
     assert sq_norm_of_each(tensors, blocks) == pytest.approx(wanted(tensors).tolist(), rel=1e-6, abs=0)
 
 
+def test_norms_of_what_requires_a_gradient_are_taken_where_a_graph_is_built():
+    """As those of gradients that were made with ``create_graph``, within an optimizer's closure."""
+    tensors = [torch.full((3,), 2.0, requires_grad=True), drawn(_FEW + 7).requires_grad_() * 1.0]
+    assert sq_norm_of_each(tensors) == pytest.approx(wanted(tensors).tolist(), rel=1e-6)
+
+
 def test_no_tensors_have_no_norms():
     assert sq_norm_of_each([]) == []
 
@@ -99,10 +105,10 @@ def test_norms_of_blocks_of_rows_make_up_those_of_the_rows(name):
 
 def test_norms_of_rows_of_several_matrices_keep_their_order():
     parts = [drawn(4, 3), drawn(4, 5), 2 * drawn(4, 3), drawn(4, 1), drawn(4, 5)]
-    for found, part in zip(sq_norms_of_each_row(parts), parts, strict=True):
+    for found, part in zip(sq_norms_of_rows_by_width(parts), parts, strict=True):
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, part.double().square().sum(1))
-    assert sq_norms_of_each_row([]) == []
+    assert sq_norms_of_rows_by_width([]) == []
 
 
 @pytest.mark.parametrize("processors", [frozenset({"cpu"}), frozenset()], ids=["processor", "accelerator"])
