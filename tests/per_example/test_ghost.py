@@ -637,9 +637,7 @@ class TestOnAnAccelerator:
         net, x = nn.Linear(self.WIDTH, self.WIDTH).double(), self.batch()
         found = recorded_at_the_end(net, lambda net: net(net(x).tanh()).square().sum(), shared=frozenset({0, 1}))
         assert found.misses == {}
-        assert (
-            found.received.image(0) is None
-        )  # their sum is there when the gradient is read, which needs no image then
+        assert found.received.image(0) is None  # their sum is there when the gradient is read: no image is taken
         for i in range(N):
             net.zero_grad()
             net(net(x[i : i + 1]).tanh()).square().sum().backward()
