@@ -26,9 +26,9 @@ class Use:
         ordinals: the how-manieth use of the parameter this is, name to count.
         inputs: of the call: those that the rule needs.
         output: the first of what came out, if the rule needs it.
-        versions: how often each of these had been written to.
+        writes: how often the inputs had been written to, together, and how often the output.
         output_gradients: of all that came out; none until the backward pass comes by.
-        gradient_versions: how often each of these had been written to.
+        gradient_writes: how often these had been written to, together.
         is_reached: whether it has come by.
     """
 
@@ -38,22 +38,22 @@ class Use:
     ordinals: dict[str, int]
     inputs: tuple[Tensor | None, ...]
     output: Tensor | None
-    versions: tuple[int, ...] = field(init=False)
+    writes: tuple[int, int] = field(init=False)
     output_gradients: tuple[Tensor | None, ...] = ()
-    gradient_versions: tuple[int, ...] = ()
+    gradient_writes: int = 0
     is_reached: bool = False
     _found: tuple[Layout, dict[str, Contributions]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.inputs = tuple([None if value is None else value.detach() for value in self.inputs])
         self.output = None if self.output is None else self.output.detach()
-        self.versions = _versions(*self.inputs, self.output)
+        self.writes = _writes(self.inputs), _writes((self.output,))
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of what came out, as the backward pass comes by."""
         self.is_reached = True
         self.output_gradients = tuple([None if gradient is None else gradient.detach() for gradient in gradients])
-        self.gradient_versions = _versions(*self.output_gradients)
+        self.gradient_writes = _writes(self.output_gradients)
 
     def release(self) -> None:
         """Let go of the tensors, which nobody else may hold any more."""
@@ -61,10 +61,11 @@ class Use:
 
     def held_bytes(self) -> float:
         """Return how much memory cannot be freed: of a view, all that it is a view of."""
-        held = [value for value in (*self.inputs, self.output, *self.output_gradients) if value is not None]
-        if any(value.layout is not torch.strided for value in held):
-            return math.inf
-        return sum([value.untyped_storage().nbytes() for value in held])
+        held = 0.0
+        for value in (*self.inputs, self.output, *self.output_gradients):
+            if value is not None:
+                held += value.untyped_storage().nbytes() if value.layout is torch.strided else math.inf
+        return held
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -96,9 +97,9 @@ class Use:
         return self._found[1]
 
     def _form(self, arrangement: Arrangement) -> dict[str, Contributions]:
-        if _versions(*self.inputs) != self.versions[: len(self.inputs)]:
+        if _writes(self.inputs) != self.writes[0]:
             raise MeasurementError(f"the input of a `{type(self.layer).__name__}` was changed in place after its use")
-        if _versions(*self.output_gradients) != self.gradient_versions:
+        if _writes(self.output_gradients) != self.gradient_writes:
             raise MeasurementError(
                 f"the gradient of the output of a `{type(self.layer).__name__}` was changed in place after its use"
             )
@@ -110,7 +111,7 @@ class Use:
         if self.kind.inputs is None:
             return self.kind.contributions(self.layer, inputs[0], gradients[0], arrangement)
         if self.kind.keeps_output:
-            is_unchanged = _versions(self.output) == self.versions[-1:]
+            is_unchanged = _writes((self.output,)) == self.writes[1]
             inputs.append(_as_autocast_has_it(self.output, dtype) if is_unchanged else None)
         return self.kind.contributions(self.layer, tuple(inputs), tuple(gradients), arrangement)
 
@@ -153,8 +154,12 @@ class Recorded:
         return torch.stack(found).sum(0) if found else torch.zeros(self.examples, dtype=torch.float64, device="cpu")
 
 
-def _versions(*values: Tensor | None) -> tuple[int, ...]:
-    return tuple([-1 if value is None else value._version for value in values])
+def _writes(values: Sequence[Tensor | None]) -> int:
+    count = 0
+    for value in values:
+        if value is not None:
+            count += value._version
+    return count
 
 
 def _as_autocast_has_it(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
