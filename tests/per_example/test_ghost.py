@@ -84,6 +84,17 @@ def test_a_parameter_without_a_layer_is_missed():
     assert list(misses.values()) == ["no layer with a rule uses it"]
 
 
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_contributions_to_what_received_no_gradient_are_missed(left_out):
+    net, x = nn.Linear(5, 3).double(), batch()
+    parameters = list(net.parameters())
+    with GhostRecorder(parameters, every_use(parameters)) as recorder:
+        recorder.attach(net)
+        recorder.begin(N)
+        net(x).square().sum().backward(inputs=[parameters[1 - left_out]])
+        assert recorder.finish().misses == {left_out: "it is used outside of its layer"}
+
+
 def test_a_complex_parameter_is_missed():
     net = nn.Linear(5, 3).double()
     net.phase = nn.Parameter(torch.ones(3, dtype=torch.complex128))
@@ -243,19 +254,20 @@ class TestTheOnlyPass:
         for index, sq_norms in by_hooks.sq_norms.items():
             torch.testing.assert_close(found.sq_norms[index], sq_norms, rtol=1e-12, atol=0)
 
-    def test_a_layer_that_sees_a_part_of_much_does_not_wait(self):
+    @pytest.mark.parametrize("is_view", [True, False])
+    def test_a_layer_that_sees_a_part_of_much_does_not_wait(self, is_view):
         """It would keep all of it."""
-        net, much, waiting = nn.Linear(5, 3).double(), torch.randn(N, 2**18, dtype=torch.float64), []
-        start = torch.ones(1, dtype=torch.float64, requires_grad=True)
-        start.register_hook(lambda _: waiting.append([use for use in self.recorder.uses if use.output_gradients]))
+        net, much, waiting = nn.Linear(5, 3).double(), torch.randn(N, 2**18, dtype=torch.float64).requires_grad_(), []
 
         def look(recorder):
-            self.recorder = recorder
+            much.register_hook(lambda _: waiting.append(sum(bool(use.output_gradients) for use in recorder.uses)))
 
-        found = recorded_at_the_end(net, lambda net: net(much[:, :5] * 1.0 + start).square().sum(), look)
-        assert len(waiting.pop()) == 1
-        found = recorded_at_the_end(net, lambda net: (net(much[:, :5]) + start).square().sum(), look)
-        assert waiting == [[]]
+        def loss(net):
+            part = much[:, :5]
+            return net(part if is_view else part.clone()).square().sum()
+
+        found = recorded_at_the_end(net, loss, look)
+        assert waiting == [0 if is_view else 1]
         assert found.misses == {}
 
     @pytest.mark.parametrize("which", ["the loss", "another loss"])
