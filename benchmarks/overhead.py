@@ -51,6 +51,9 @@ from lightning_graddiv.per_example.losses import StepLoss
 
 Seconds = list[float]
 
+_SECONDS = 1.5
+"""For plain steps beside each engine."""
+
 
 class Module(L.LightningModule):
     def __init__(self, task: Task) -> None:
@@ -388,14 +391,17 @@ def backpack(task: Task, net: nn.Module, x: Tensor, y: Tensor, extension: str, a
 
 
 def bare(task: Task, quick: bool, device: str = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the time of each contestant."""
-    timed = interleaved(contestants(task, device, only), 15 if quick else 45)
+    """Return the time of each contestant: more often of small networks, whose times differ more than what they show."""
+    runs = contestants(task, device, only)
+    plain = statistics.median(timed(runs["plain step"]) for _ in range(5))
+    repeats = max(15, min(150, int(_SECONDS / plain))) if device == "cpu" else 15  # a GPU is lent for minutes
+    found = interleaved(runs, repeats if quick else 3 * repeats)
     return {
         name: {
             **spread([own for own, _ in pairs]),
             "over_plain": statistics.median(own / plain for own, plain in pairs),
         }
-        for name, pairs in timed.items()
+        for name, pairs in found.items()
     }
 
 
