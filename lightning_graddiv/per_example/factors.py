@@ -69,6 +69,9 @@ class Contributions(ABC):
     shape: torch.Size
     """Of the parameter."""
 
+    factors: tuple[Factor, ...] = ()
+    """Of whose rows the norms will be asked for, which can be taken together with those of others."""
+
     @property
     @abstractmethod
     def by_example(self) -> Tensor:
@@ -86,9 +89,6 @@ class Contributions(ABC):
     @abstractmethod
     def at(self, examples: slice) -> "Contributions":
         """Return those of some examples."""
-
-    factors: tuple[Factor, ...] = ()
-    """Of whose rows the norms will be asked for, which can be taken together with those of others."""
 
     @abstractmethod
     def explicit(self) -> Tensor:
