@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example import devices, ghost, layers, ledger
+from lightning_graddiv.per_example import devices, ghost, layers, ledger, norms
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.layers import Layout
 
@@ -258,6 +258,15 @@ class TestTheOnlyPass:
         by_hooks = recorded(net, lambda net: net(x).square().sum())
         for index, sq_norms in by_hooks.sq_norms.items():
             torch.testing.assert_close(found.sq_norms[index], sq_norms, rtol=1e-12, atol=0)
+
+    def test_norms_of_layers_that_wait_are_those_of_a_loop_over_the_examples(self, monkeypatch):
+        monkeypatch.setattr(norms, "_FEW", 0)  # as large ones are read
+        net, x = self.net().float(), batch().float()
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum())
+        for i in range(N):
+            alone = torch.autograd.grad(net(x[i : i + 1]).square().sum(), list(net.parameters()))
+            for index, gradient in enumerate(alone):
+                assert found.sq_norms[index][i] == pytest.approx(float(gradient.double().square().sum()), rel=1e-5)
 
     @pytest.mark.parametrize("is_view", [True, False])
     def test_a_layer_that_sees_a_part_of_much_does_not_wait(self, is_view):
