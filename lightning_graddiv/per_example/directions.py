@@ -76,10 +76,13 @@ class Directions:
         spaces: Spaces | None = None,
     ) -> None:
         self._parameters = parameters
-        self._seed = seed
         self._count = count
         spaces = Spaces.of(parameters) if spaces is None else spaces
         self.small, self.vectors, self._places = spaces.small, spaces.vectors, spaces.places
+        self._size = max(1, self._places[-1][-1] if self._places else 0)
+        self._place_in_pool = (seed * _GOLDEN % 2**64 * self._size) >> 64
+        self._is_pool_on_device = 4 * 2 * self._size * count <= _KEPT_BYTES
+        self._start = self._place_in_pool if self._is_pool_on_device else 0
         self._rights: dict[int, Tensor] = {}
         self._probes: dict[int, Probe] = {}
 
@@ -94,18 +97,18 @@ class Directions:
         """Return the right side of a parameter's first direction, shape (numel / o,), on its device."""
         found = self._rights.get(index)
         if found is None:
-            found = self._rights[index] = self._right(index, self._numbers[0])
+            found = self._rights[index] = self._right(index, self._first_numbers)
         return found
 
     def _right(self, index: int, numbers: Tensor) -> Tensor:
         _, middle, end = self._places[index]
-        right = self._here(index, numbers.narrow(-1, middle, end - middle))
+        right = self._here(index, numbers.narrow(-1, self._start + middle, end - middle))
         # A single number would be a factor of all that is compared, which may be next to nothing.
         return torch.ones_like(right) if end - middle == 1 else right
 
     def _left(self, index: int) -> Tensor:
         start, middle, _ = self._places[index]
-        return self._here(index, self._numbers.narrow(1, start, middle - start))
+        return self._here(index, self._numbers.narrow(1, self._start + start, middle - start))
 
     def _here(self, index: int, numbers: Tensor) -> Tensor:
         parameter = self._parameters[index]
@@ -140,11 +143,18 @@ class Directions:
 
     @cached_property
     def _numbers(self) -> Tensor:
-        size, device = max(1, self._places[-1][-1]), self._parameters[0].device
-        start = (self._seed * _GOLDEN % 2**64 * size) >> 64
-        is_kept_there = 4 * 2 * size * self._count <= _KEPT_BYTES
-        pool = _pool_on(device, 2 * size, self._count) if is_kept_there else _pool(2 * size, self._count)
-        return pool[:, start : start + size].to(device)
+        """A pool on the device, or as much of one as is needed: the parameters' own begin at ``_start``."""
+        device, size = self._parameters[0].device, 2 * self._size
+        if self._is_pool_on_device:
+            return _pool_on(device, size, self._count)
+        return _pool(size, self._count).narrow(1, self._place_in_pool, self._size).to(device)
+
+    @cached_property
+    def _first_numbers(self) -> Tensor:
+        """Those of the first direction."""
+        if self._is_pool_on_device:
+            return _first_on(self._parameters[0].device, 2 * self._size, self._count)
+        return self._numbers[0]
 
 
 @lru_cache(maxsize=_ALREADY_DRAWN)
@@ -161,6 +171,11 @@ def _pool(size: int, count: int) -> Tensor:
 def _pool_on(device: torch.device, size: int, count: int) -> Tensor:
     """Keep numbers where they are used: measurements would wait for their transfer."""
     return _pool(size, count).to(device)
+
+
+@lru_cache(maxsize=_KEPT_POOLS)
+def _first_on(device: torch.device, size: int, count: int) -> Tensor:
+    return _pool_on(device, size, count)[0]
 
 
 def _is_small(parameter: Tensor, first: Tensor) -> bool:

@@ -65,14 +65,14 @@ def sq_norms_of_rows(values: Tensor) -> Tensor:
 def sq_norms_of_rows_of_each(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Return the squared norms of the rows of several matrices, shape (n,) each, float64.
 
-    On a processor with few calls for large ones that have as many rows.
+    On a processor with few calls for those that have as many rows, if one of them is large.
     """
-    rows = matrices[0].shape[0] if matrices else 0
-    sizes = [matrix.shape for matrix in matrices]
-    is_one_block = [size[0] == rows and size[1] <= _BLOCK for size in sizes]
-    together = [i for i, matrix in enumerate(matrices) if is_one_block[i] and _takes_blocks(matrix)]
     found = {}
-    if together:
+    one_block = {i: matrix for i, matrix in enumerate(matrices) if matrix.shape[1] <= _BLOCK}
+    large = next((matrix for matrix in one_block.values() if _takes_blocks(matrix)), None)
+    if large is not None:
+        kind = large.shape[0], large.dtype, large.device
+        together = [i for i, matrix in one_block.items() if (matrix.shape[0], matrix.dtype, matrix.device) == kind]
         sq_norms = torch.stack([_norms(matrices[i]) for i in together]).double().square_()
         smallest, largest = torch.aminmax(sq_norms, dim=1)
         limits = zip(together, smallest.tolist(), largest.tolist(), strict=True)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lightning_graddiv.per_example.devices import is_accelerator
 
-_FEW = 2**18
-"""Entries of a matrix that one thread has read by the time another has begun."""
+_FEW = 2**20
+"""Entries of a matrix that one thread has read by the time that the calls for another are made, in the midst of a pass:
+on two threads 2^20 took it 296 us and both 302, half as many 80 and 118, three times as many 434 and 370."""
 
 
 def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -30,6 +31,6 @@ def vector_matrix(vector: Tensor, matrix: Tensor) -> Tensor:
 
 def _pieces(matrix: Tensor) -> int:
     """Return into how many equal pieces the rows are divided."""
-    if matrix.numel() < _FEW or is_accelerator(matrix.device) or not matrix.is_contiguous():
+    if matrix.numel() <= _FEW or is_accelerator(matrix.device) or not matrix.is_contiguous():
         return 1
     return math.gcd(matrix.shape[0], torch.get_num_threads())

@@ -21,6 +21,31 @@ from lightning_graddiv.per_example.norms import (
 _NONE: Mapping[int, Any] = MappingProxyType({})
 
 
+class _Copies:
+    """The entries of gradients of one kind, one after another: to take each out would be a call for each.
+
+    Args:
+        gradients: dense, of one type and on one device, by the parameter's index.
+
+    Attributes:
+        lengths: of each.
+    """
+
+    def __init__(self, gradients: Mapping[int, Tensor]) -> None:
+        self.lengths = {index: gradient.numel() for index, gradient in gradients.items()}
+        self._entries = flat(gradients.values())
+
+    def of_each(self) -> dict[int, Tensor]:
+        """Return them one by one."""
+        return dict(zip(self.lengths, self._entries.split(list(self.lengths.values())), strict=True))
+
+    def are(self, found: Mapping[int, Tensor]) -> bool:
+        """Tell whether gradients are what was copied."""
+        now, kind = [found[index] for index in self.lengths], (self._entries.device, self._entries.dtype)
+        are_alike = all((gradient.device, gradient.dtype) == kind for gradient in now)
+        return are_alike and torch.equal(self._entries, flat(now))
+
+
 class Received:
     """The gradients of one backward pass, by the parameter's index.
 
@@ -47,6 +72,7 @@ class Received:
         self._keeps_local = keeps_local
         self.came_in_parts = False
         self._kept: dict[int, Tensor] = {}
+        self._copies: list[_Copies] = []
         self._images: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
         self._complex: dict[int, Tensor] = {}
@@ -58,7 +84,8 @@ class Received:
         self._local_kept: dict[int, Tensor] = {}
 
     def __contains__(self, index: int) -> bool:
-        return index in self._kept or index in self._images or index in self._known or index in self._complex
+        is_copied = any(index in copies.lengths for copies in self._copies)
+        return is_copied or any(index in kind for kind in (self._kept, self._images, self._known, self._complex))
 
     def add(self, index: int, gradient: Tensor, *, keep: bool) -> None:
         """Enter a parameter's gradient, which is about to be added to what it has.
@@ -102,10 +129,9 @@ class Received:
             known: what some are, up to rounding: these need not be read for their projections.
         """
         self._sq_norms |= sq_norms
-        kept = {index: gradient for index, gradient in gradients.items() if index in keep}
+        kept = {index: dense(gradient) for index, gradient in gradients.items() if index in keep}
         if kept:
-            entries = flat([dense(gradient) for gradient in kept.values()])
-            self._kept |= dict(zip(kept, entries.split([gradient.numel() for gradient in kept.values()]), strict=True))
+            self._copies.append(_Copies(kept))
         self._known |= known
         for index, gradient in gradients.items():
             if index not in sq_norms:
@@ -145,16 +171,25 @@ class Received:
         self._complex[index] = sum_of_squares([gradient])
 
     @property
-    def indices(self) -> list[int]:
+    def indices(self) -> set[int]:
         """Of the parameters that received one."""
-        return [*self._kept, *self._images, *self._known, *self._complex]
+        copied = [copies.lengths for copies in self._copies]
+        return set().union(self._kept, *copied, self._images, self._known, self._complex)
+
+    @cached_property
+    def _entries(self) -> dict[int, Tensor]:
+        """Of all gradients that are kept or were copied; to be asked for when all have been entered."""
+        found = dict(self._kept)
+        for copies in self._copies:
+            found |= copies.of_each()
+        return found
 
     @cached_property
     def sq_norms(self) -> dict[int, float]:
         """Each gradient's squared norm; to be asked for when all have been entered."""
-        if not self._complex and self._sq_norms.keys() == set(self.indices):  # all were read at once
+        if not self._complex and self._sq_norms.keys() == self.indices:  # all were read at once
             return self._sq_norms
-        kept = self._kept if self._keeps_norms else self._kept | self._images  # whose norm is about the gradient's
+        kept = self._entries if self._keeps_norms else self._entries | self._images  # whose norm is about a gradient's
         read = {index: entries for index, entries in kept.items() if index not in self._sq_norms}
         known = self._norms | self._complex
         norms = sq_norm_of_each(read.values()) + on_processor(list(known.values())).tolist()
@@ -167,17 +202,17 @@ class Received:
 
     def entries(self, index: int) -> Tensor | None:
         """Return a gradient that was kept."""
-        return self._kept.get(index)
+        return self._entries.get(index)
 
     def image(self, index: int) -> Tensor | None:
         """Return what a gradient takes the shared right side of its directions to; None if there is none."""
-        kept = self._kept.get(index)
+        kept = self._entries.get(index)
         return self._images.get(index) if kept is None else self._directions.image_of(index, kept)
 
     def projections(self) -> Tensor:
         """Return the projections of all gradients together, shape (p,), float64, on the processor."""
         return self._directions.projections_of_images(self._images) + self._directions.projections_of(
-            self._kept | self._known
+            self._entries | self._known
         )
 
     def is_still(self, gradients: Sequence[Tensor | None]) -> bool:
@@ -188,10 +223,12 @@ class Received:
         measured.
         """
         found = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
-        is_known = found.keys() == set(self.indices) and self._marks.keys() == self._images.keys() | self._known.keys()
+        is_known = found.keys() == self.indices and self._marks.keys() == self._images.keys() | self._known.keys()
         if not is_known or self._complex or {gradient.layout for gradient in found.values()} - {torch.strided}:
             return False
         if self._marks != {index: _mark_of(found[index]) for index in self._marks}:
+            return False
+        if not all(copies.are(found) for copies in self._copies):
             return False
         pairs = [(kept, found[index]) for index, kept in self._kept.items()]
         return all(was.device == now.device for was, now in pairs) and _are_equal(pairs)

@@ -45,14 +45,15 @@ class Use:
     _found: tuple[Layout, dict[str, Contributions]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.inputs = tuple([None if value is None else value.detach() for value in self.inputs])
+        self.inputs = tuple([v.detach() if v is not None and v.requires_grad else v for v in self.inputs])
         self.output = None if self.output is None else self.output.detach()
         self.writes = _writes(self.inputs), _writes((self.output,))
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of what came out, as the backward pass comes by."""
         self.is_reached = True
-        self.output_gradients = tuple([None if gradient is None else gradient.detach() for gradient in gradients])
+        # As they are, where they need no gradient: autograd adds in place to what nobody else holds.
+        self.output_gradients = tuple([g.detach() if g is not None and g.requires_grad else g for g in gradients])
         self.gradient_writes = _writes(self.output_gradients)
 
     def release(self) -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lightning_graddiv.per_example import directions
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.noise import noise_off
 
@@ -30,6 +31,16 @@ def test_they_are_the_same_on_every_process_and_others_in_every_measurement():
         assert torch.equal(first.right(index), probe.right[0])
     numbers = torch.cat([torch.cat([p.left, p.right], 1) for p in map(first.probe, range(len(SHAPES)))], 1)
     assert len(numbers.unique()) > 0.999 * numbers.numel()  # none serves two parameters
+
+
+def test_numbers_are_the_same_whether_their_pool_fits_on_the_device_or_not(monkeypatch):
+    kept = Directions(parameters(), 5)
+    monkeypatch.setattr(directions, "_KEPT_BYTES", 0)
+    sent = Directions(parameters(), 5)
+    for index in range(len(SHAPES)):
+        assert torch.equal(sent.right(index), kept.right(index))
+        assert torch.equal(sent.probe(index).left, kept.probe(index).left)
+        assert torch.equal(sent.probe(index).right, kept.probe(index).right)
 
 
 def test_only_short_vectors_are_handled_together():

@@ -7,10 +7,10 @@ from lightning_graddiv.per_example import devices, products
 from lightning_graddiv.per_example.products import _FEW, matrix_vector, vector_matrix
 
 SHAPES = {
-    "large": (1024, 512),
-    "a number of rows that threads cannot share": (1023, 512),
+    "large": (2048, 1024),
+    "a number of rows that threads cannot share": (2047, 1024),
     "small": (8, 6),
-    "one row": (1, _FEW),
+    "one row": (1, _FEW + 1),
     "no rows": (0, 3),
 }
 
@@ -34,9 +34,9 @@ def test_products_are_those_of_one_thread(shape, transposed, threads):
 
 def test_threads_share_rows_that_they_can_divide(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    large = torch.zeros(1024, 512)
+    large = torch.zeros(2048, 1024)
     assert products._pieces(large) == 2
-    assert products._pieces(large[:1020]) == 6
-    assert products._pieces(large[:3]) == products._pieces(large.T) == products._pieces(large[:, :300]) == 1
+    assert products._pieces(large[:2040]) == 6
+    assert products._pieces(large[:1024]) == products._pieces(large.T) == products._pieces(large[:, :300]) == 1
     monkeypatch.setattr(devices, "_PROCESSORS", frozenset())
     assert products._pieces(large) == 1

@@ -138,7 +138,7 @@ def test_what_is_known_need_not_be_read():
     known = {0: gradients[0].clone()}
     found.add_all(dict(enumerate(gradients)), {**sq_norms_of(gradients), 0: 7.0}, keep=(), known=known)
     assert 0 in found
-    assert found.indices == [1, 0]
+    assert found.indices == {0, 1}
     assert found.sq_norms == {0: 7.0, 1: pytest.approx(float(gradients[1].square().sum()))}
     expected = projected(parameters, gradients)
     torch.testing.assert_close(found.projections(), expected)
