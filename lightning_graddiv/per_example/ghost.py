@@ -8,8 +8,7 @@ one backward pass of one process is the whole step, once that is over.
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -24,28 +23,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions, Spaces
-from lightning_graddiv.per_example.factors import Contributions, Factor
-from lightning_graddiv.per_example.layers import LayerType, Layout, layer_type
+from lightning_graddiv.per_example.layers import LayerType, layer_type
 from lightning_graddiv.per_example.ledger import Ledger
-from lightning_graddiv.per_example.modes import as_own_work
 from lightning_graddiv.per_example.norms import dense
-from lightning_graddiv.per_example.precision import rounds_products
+from lightning_graddiv.per_example.one_pass import Layouts, Pass
 from lightning_graddiv.per_example.records import Recorded, Use
-from lightning_graddiv.per_example.totals import added
-
-Layouts = Mapping[tuple[int, int], Layout]
-"""How the examples lie in a use of a parameter: (its index, the how-manieth use) -> layout."""
-
 
 WatchedLayer = tuple[nn.Module, LayerType, dict[str, int]]
 """A layer, what is known of its type, and which of its parameters are measured, name to index."""
-
-_WAITING_BYTES = 4 * 2**20
-"""What uses of layers may hold together until the pass is over, to be measured at once, beside those that have to wait:
-a processor that has just multiplied large matrices takes up to three times as long for a few small operations as it
-does for the same ones again."""
-
-_SECOND_PASS = "it takes part in more than one backward pass"
 
 _ATTACHED: "WeakSet[GhostRecorder]" = WeakSet()
 
@@ -93,41 +78,26 @@ class GhostRecorder:
         seed: int = 0,
         spaces: Spaces | None = None,
     ) -> None:
-        self.uses: list[Use] = []
         self.seconds = 0.0
         self.is_paused = False
         self._parameters = list(parameters)
-        self._knows_layouts = layouts is not None
-        self._layouts: Layouts = {} if layouts is None else layouts
+        self._layouts = layouts
         self._shared = shared
         self._measured = frozenset(range(len(self._parameters))) if measured is None else measured
         self._assumed = assumed
         self._awaits_loss = awaits_loss
         self._directions = Directions(self._parameters, seed, spaces=spaces)
-        self._ledger = Ledger(
-            self._parameters,
-            self._directions,
-            measured=self._measured,
-            keeps_local=keeps_local,
-            keeps_norms=keeps_norms,
-        )
+        self._keeps_local = keeps_local
+        self._keeps_norms = keeps_norms
         self._handles: list[RemovableHandle] = []
-        self._passing: list[RemovableHandle] = []  # on what came out of layers in this pass
         self._unsharded: set[int] = set()
-        self._clear()
+        self._pass: Pass | None = None
+        self._passing: list[RemovableHandle] = []  # on what came out of layers in this pass
 
-    def _clear(self, examples: int = 0) -> None:
-        for handle in self._passing:
-            handle.remove()
-        self._passing = []
-        self.uses = []
-        self._examples = examples
-        self._calls: dict[int, int] = defaultdict(int)
-        self._waiting_bytes = 0.0
-        self._ledger.begin(examples)
-        self._noted: set[tuple[torch.dtype, torch.device]] = set()
-        self._error: Exception | None = None
-        self._is_awaiting_end = False
+    @property
+    def uses(self) -> list[Use]:
+        """Of layers in this pass that are still to be measured, in the order of the calls."""
+        return [] if self._pass is None else self._pass.uses
 
     def __enter__(self) -> "GhostRecorder":
         return self
@@ -180,30 +150,13 @@ class GhostRecorder:
         self._attach_parameters(self._parameters, others_than=self._measured)
         for index in self._measured - self._directions.small:
             if self._parameters[index].requires_grad and not is_accelerator(self._parameters[index].device):
-                look = partial(self._guarded, self._look_at, index)
+                look = partial(self._guarded, Pass.look_at, index)
                 self._passing.append(self._parameters[index].register_hook(look))
-        self._is_awaiting_end = True
-        self._ledger.expect_all_at_end()
+        if self._pass is not None:
+            self._pass.await_end()
         queue = torch.autograd.Variable._execution_engine.queue_callback
-        at_end = partial(self._guarded, self._on_end)
-        self._passing.append(loss.register_hook(lambda _: self._guarded(queue, at_end)))
-
-    def _look_at(self, index: int, gradient: Tensor) -> None:
-        if self._is_awaiting_end:
-            self._ledger.look_at(index, gradient)
-        else:
-            self._ledger.misses[index] = _SECOND_PASS
-
-    def _on_end(self) -> None:
-        """Look at what parameters were given, before anybody else can; a pass that gave them nothing is another one."""
-        if not self._is_awaiting_end:
-            return
-        given = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
-        found = {index: gradient for index, gradient in given.items() if gradient is not None}
-        if found:
-            self._measure_waiting()
-            self._is_awaiting_end = False
-            self._ledger.receive_all(found)
+        at_end = partial(self._guarded, Pass.look_at_end, self._parameters)
+        self._passing.append(loss.register_hook(lambda _: queue(at_end)))
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -217,7 +170,7 @@ class GhostRecorder:
         before = layer.register_forward_pre_hook(lambda layer, _: self._guarded(self._unshard, layer, held))
         self._handles.append(before)
 
-    def _unshard(self, layer: nn.Module, held: dict[str, int]) -> None:
+    def _unshard(self, _: Pass, layer: nn.Module, held: dict[str, int]) -> None:
         """Watch the whole parameters that FSDP2 puts in place of the sharded ones while the layer runs."""
         for name, index in held.items():
             whole = layer._parameters[name]
@@ -232,49 +185,56 @@ class GhostRecorder:
             handle.remove()
         self._handles = []
         self._unsharded = set()
-        if self._examples > 0 or self.uses or self._passing:
-            self._clear()
+        self._end_pass()
 
     def begin(self, examples: int) -> None:
         """Expect a forward and backward pass of so many examples."""
-        self._clear(examples)
+        self._end_pass()
+        ledger = Ledger(
+            self._parameters,
+            self._directions,
+            examples,
+            measured=self._measured,
+            keeps_local=self._keeps_local,
+            keeps_norms=self._keeps_norms,
+        )
+        self._pass = Pass(ledger, examples, self._layouts, shared=self._shared, assumed=self._assumed)
+
+    def _end_pass(self) -> None:
+        for handle in self._passing:
+            handle.remove()
+        self._passing = []
+        self._pass = None
 
     def finish(self) -> Recorded:
         """Return what the backward pass showed.
 
         Raises:
-            MeasurementError: something could not be recorded, or is not finite.
+            MeasurementError: something could not be recorded, or is not finite; or no pass was begun.
         """
+        if self._pass is None:
+            raise MeasurementError("No pass to record was begun.")
         try:
-            for rest in (self._on_end, self._measure_waiting):  # the end of another loss
-                if self._error is None:
-                    self._try(rest)
-            if self._error is not None:
-                raise MeasurementError(f"Recording the backward pass failed: {self._error}") from self._error
-            return as_own_work(self._ledger.balance)
+            return self._pass.finish(self._parameters)
         finally:
-            self._clear()
+            self._end_pass()
 
     def used(self, index: int) -> list[Use]:
         """Return the uses of a parameter that the backward pass has reached, in the order of the calls."""
         return [use for use in self.uses if index in use.parameters.values() and use.is_measurable]
 
     def _guarded(self, record: Callable[..., None], *what: Any) -> None:
-        """Run our part of a training step: it must not end the step."""
-        if self._error is not None or self.is_paused:
+        """Run our part of a training step on the pass that was begun: it must not end the step."""
+        current = self._pass
+        if current is None or current.error is not None or self.is_paused:
             return
         start = time.perf_counter()
-        self._try(record, *what)
+        current.attempt(record, current, *what)
         self.seconds += time.perf_counter() - start
-
-    def _try(self, record: Callable[..., None], *what: Any) -> None:
-        try:
-            as_own_work(record, *what)
-        except Exception as error:
-            self._error = error
 
     def _on_call(
         self,
+        current: Pass,
         layer: nn.Module,
         kind: LayerType,
         held: dict[str, int],
@@ -290,78 +250,15 @@ class GhostRecorder:
         inputs = (_one_tensor if kind.inputs is None else kind.inputs)(layer, args, kwargs, outputs[0])
         if inputs is None:
             return
-        ordinals = {}
-        for name, index in held.items():
-            ordinals[name] = self._calls[index]
-            self._calls[index] += 1
-        use = Use(layer, kind, held, ordinals, inputs, outputs[0] if kind.keeps_output else None)
-        self.uses.append(use)
-        on_gradients = partial(self._guarded, self._on_gradients, use)
+        use = current.called(layer, kind, held, inputs, outputs[0])
+        on_gradients = partial(self._guarded, Pass.reached, use)
         if len(outputs) == 1:
             self._passing.append(outputs[0].register_hook(lambda gradient: on_gradients((gradient,))))
         else:  # called once, when all gradients are there that there will be
             self._passing.append(register_multi_grad_hook(outputs, on_gradients))
 
-    def _on_gradients(self, use: Use, gradients: Sequence[Tensor | None]) -> None:
-        if use.is_reached:
-            for index in use.parameters.values():
-                self._ledger.misses[index] = _SECOND_PASS
-            return
-        use.receive(gradients)
-        must_wait = not self._knows_layouts or not self._shared.isdisjoint(use.parameters.values())
-        if not must_wait and not self._put_off(use):
-            self._measure([use])
-
-    def _put_off(self, use: Use) -> bool:
-        """Leave a use to the end of the pass if that is waited for, and little is held until then; tell whether."""
-        if not self._is_awaiting_end:
-            return False
-        held = self._waiting_bytes + use.held_bytes()
-        if held > _WAITING_BYTES:
-            return False
-        self._waiting_bytes = held
-        return True
-
-    def _measure_waiting(self) -> None:
-        """Measure what was kept until the whole backward pass was seen."""
-        together = [use for use in self.uses if use.is_measurable]
-        if self._knows_layouts and together:
-            self._measure(together)
-
-    def _measure(self, uses: Sequence[Use]) -> None:
-        contributions: dict[int, list[Contributions]] = defaultdict(list)
-        for use in uses:
-            leading = use.leading
-            for name, index in use.parameters.items():
-                layout = Layout.FIRST if self._assumed else self._layouts.get((index, use.ordinals[name]))
-                if layout is None or not layout.fits(leading, self._examples):
-                    self._ledger.misses.setdefault(
-                        index, f"the leading dimensions {leading} of its layer's input do not hold the examples"
-                    )
-                    continue
-                found = use.contributions(layout, self._examples)
-                if name in found:
-                    contributions[index].append(found[name])
-            self._note_precision(use)
-        if len(uses) > 1:
-            alone = [parts[0] for parts in contributions.values() if len(parts) == 1]
-            Factor.take_sq_norms([factor for of_one in alone for factor in of_one.factors])
-        for index in list(contributions):
-            self._ledger.contribute(index, added(contributions.pop(index)))
-        for use in uses:
-            self.uses.remove(use)
-            use.release()
-
-    def _note_precision(self, use: Use) -> None:
-        for gradient in use.output_gradients:
-            if gradient is not None and (gradient.dtype, gradient.device) not in self._noted:
-                self._noted.add((gradient.dtype, gradient.device))
-                bits = torch.finfo(gradient.dtype).bits
-                rounds = bits == 32 and rounds_products(gradient.device)
-                self._ledger.note_precision(16 if rounds else bits)
-
     def _gradient_hook(self, index: int) -> Callable[[Tensor], None]:
-        return partial(self._guarded, self._ledger.receive, index)
+        return partial(self._guarded, Pass.receive, index)
 
     def projected(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return the projections of all parameters' gradients together, shape (p,), float64."""

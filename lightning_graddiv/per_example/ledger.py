@@ -40,6 +40,7 @@ class Ledger:
     Args:
         parameters: all parameters.
         directions: to compare in.
+        examples: of the pass.
         measured: the parameters that must balance, by index.
         keeps_local: whether to keep the norm of the gradient so far, before processes exchange theirs.
         keeps_norms: whether to keep the norm of the gradient of each pass.
@@ -49,6 +50,7 @@ class Ledger:
         self,
         parameters: Sequence[Tensor],
         directions: Directions,
+        examples: int,
         *,
         measured: frozenset[int],
         keeps_local: bool,
@@ -59,10 +61,6 @@ class Ledger:
         self._measured = measured
         self._keeps_local = keeps_local
         self._keeps_norms = keeps_norms
-        self.begin(0)
-
-    def begin(self, examples: int) -> None:
-        """Begin a pass of so many examples; let go of what was entered before."""
         self.misses: dict[int, str] = {}
         self._examples = examples
         self._sq_norms: dict[int, Tensor] = {}
@@ -74,9 +72,7 @@ class Ledger:
         self._totals: dict[int, float] = {}
         self._sums: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
-        self._received = Received(
-            self._parameters, self._directions, keeps_norms=self._keeps_norms, keeps_local=self._keeps_local
-        )
+        self._received = Received(parameters, directions, keeps_norms=keeps_norms, keeps_local=keeps_local)
         self._digits = 64
 
     def expect_all_at_end(self) -> None:
@@ -140,7 +136,8 @@ class Ledger:
 
     def receive_all(self, gradients: Mapping[int, Tensor]) -> None:
         """Enter all gradients that a pass gave, once it is over; those that :meth:`receive` was given are known."""
-        others = {i: gradient for i, gradient in gradients.items() if i in self._looked_at or i not in self._received}
+        entered = self._received.indices - self._looked_at
+        others = {index: gradient for index, gradient in gradients.items() if index not in entered}
         for index in self._looked_at - gradients.keys():  # it was on its way to somebody else
             self._received.look_again(index)
         self._enter_sums()

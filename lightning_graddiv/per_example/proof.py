@@ -119,7 +119,13 @@ def _compare_with_loop(loss: StepLoss, batch: Any, total: int, seed: int) -> tup
     shared: set[int] = set()
     misses: dict[int, str] = {}
     with GhostRecorder(loss.parameters) as recorder:
-        sample = compare_with_parts(loss, batch, total, seed=seed, watch=recorder.attach)
+
+        def watch(module: nn.Module, stand_ins: Sequence[Tensor] | None = None) -> None:
+            """Keep the uses of the pass that begins, of examples that lie nobody knows where."""
+            recorder.attach(module, stand_ins)
+            recorder.begin(0)
+
+        sample = compare_with_parts(loss, batch, total, seed=seed, watch=watch)
         with full_precision(), torch.no_grad():
             relative, of_all = _rounding(loss.module)
             whole = sample.weights.abs() * sample.sq_norms.sqrt()

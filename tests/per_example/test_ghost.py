@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example import devices, ghost, layers, ledger, norms
+from lightning_graddiv.per_example import devices, layers, ledger, norms, one_pass
 from lightning_graddiv.per_example.ghost import GhostRecorder
 from lightning_graddiv.per_example.layers import Layout
 
@@ -243,7 +243,7 @@ class TestTheOnlyPass:
 
     @pytest.mark.parametrize(("size", "waiting"), [(0, 0), (8 * N * 5, 1), (8 * N * 15, 2), (2**20, 3)])
     def test_small_layers_wait_for_the_end_of_the_pass_as_long_as_they_hold_little(self, size, waiting, monkeypatch):
-        monkeypatch.setattr(ghost, "_WAITING_BYTES", size)
+        monkeypatch.setattr(one_pass, "_WAITING_BYTES", size)
         widths, x, held = [5, 6, 4, 1], batch().requires_grad_(), []
         layers = [part for sizes in pairwise(widths) for part in (nn.Linear(*sizes), nn.Tanh())]
         net = nn.Sequential(*layers).double()
