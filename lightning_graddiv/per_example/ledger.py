@@ -10,7 +10,6 @@ from lightning_graddiv.errors import MeasurementError
 from lightning_graddiv.per_example.devices import is_accelerator
 from lightning_graddiv.per_example.directions import Directions
 from lightning_graddiv.per_example.factors import Contributions, Explicit
-from lightning_graddiv.per_example.linear_maps import Rows
 from lightning_graddiv.per_example.norms import dense, differences_of, distances, on_processor, sq_norm_of_each, stored
 from lightning_graddiv.per_example.received import Received
 from lightning_graddiv.per_example.records import Recorded
@@ -73,7 +72,6 @@ class Ledger:
         self._totals: dict[int, float] = {}
         self._sums: dict[int, Tensor] = {}
         self._images: dict[int, Tensor] = {}
-        self._bias_of: dict[int, int] = {}
         self._received = Received(parameters, directions, keeps_norms=keeps_norms, keeps_local=keeps_local)
         self._digits = 64
 
@@ -87,7 +85,7 @@ class Ledger:
 
     def contribute(self, index: int, contributions: Contributions) -> None:
         """Enter what the examples contribute to a parameter."""
-        if self._is_entered(index):
+        if index in self._sq_norms or index in self._waiting or index in self._block_norms:
             self.misses[index] = "it was used more often than before"
             return
         on_accelerator, are_formed = is_accelerator(self._parameters[index].device), contributions.are_formed
@@ -110,25 +108,6 @@ class Ledger:
                 self._sums[index] = total
             else:
                 self._images[index] = self._directions.image_of(index, total)
-
-    def _is_entered(self, index: int) -> bool:
-        return index in self._sq_norms or index in self._waiting or index in self._block_norms
-
-    def contribute_map(self, weight: int, bias: int, of_weight: Rows, of_bias: Explicit) -> None:
-        """Enter what the examples contribute to the weight W and the bias b of a linear map, all at once.
-
-        On a processor, where all gradients come at the end, [W b] is compared as one matrix: the sum of the
-        contributions to the bias would be another pass over them.
-        """
-        is_new = not self._is_entered(weight) and not self._is_entered(bias)
-        on_processor = not is_accelerator(of_weight.device)
-        if is_new and on_processor and self._gives_all_at_end and bias in self._directions.vectors:
-            found = of_weight.measure_with_bias(self._directions.right(weight))
-            self._sq_norms[weight], self._sq_norms[bias], self._images[weight] = found
-            self._bias_of[weight] = bias
-        else:
-            self.contribute(weight, of_weight)
-            self.contribute(bias, of_bias)
 
     def _may_keep_sum(self, index: int, contributions: Contributions) -> bool:
         """Tell whether the sum of large contributions may be kept until the gradients are read, for few calls.
@@ -177,9 +156,6 @@ class Ledger:
         """Return the gradients' squared norms; with the same call enter all other norms that can be taken by now."""
         real = {index: stored(gradient) for index, gradient in gradients.items() if not gradient.is_complex()}
         images = {i: self._received.take_image(i, gradients[i]) for i in self._images if i in real}
-        for weight, bias in self._bias_of.items():
-            if weight in images and bias in real:
-                images[weight] = images[weight] + dense(gradients[bias])
         compared = {i: own for i, own in (self._sums | self._images).items() if i in real}
         observed = [images[i] if i in images else dense(gradients[i]) for i in compared]
         differences, parts = differences_of(compared.values(), observed), self._parts
@@ -248,15 +224,12 @@ class Ledger:
             raise MeasurementError("The step's gradients are not finite.")
         relative, of_all = _ROUNDING[self._digits]
         least = of_all * math.sqrt(total)
-        compared_alone = sorted(set(indices) - set(self._bias_of.values()))
-        errors = self._errors([index for index in compared_alone if index in own])
-        for index in compared_alone:
-            together = [index, self._bias_of[index]] if index in self._bias_of else [index]
+        errors = self._errors([index for index in indices if index in own])
+        for index in indices:
             error = errors[index] if index in own else math.sqrt(received[index])
-            if not error <= relative * math.sqrt(sum(scales[i] for i in together)) + least:
+            if not error <= relative * math.sqrt(scales[index]) + least:
                 reason = "it is used outside of its layer" if index in own else "no layer with a rule uses it"
-                for i in together:
-                    self.misses.setdefault(i, reason)
+                self.misses.setdefault(index, reason)
 
     def _errors(self, indices: Sequence[int]) -> dict[int, float]:
         """Return how far the sums of contributions are from the gradients."""
@@ -270,16 +243,10 @@ class Ledger:
         """Return what the examples contribute and what was received; or what both take the random vector to."""
         own, received = self._sums.get(index), self._received.entries(index)
         if own is None:
-            own, received = self._images[index], self._received_image(index)
+            own, received = self._images[index], self._received.image(index)
         elif received is None:
             own, received = self._directions.image_of(index, own), self._received.image(index)
         return own, torch.zeros_like(own) if received is None else received
-
-    def _received_image(self, index: int) -> Tensor | None:
-        image = self._received.image(index)
-        of_bias = self._received.entries(self._bias_of[index]) if index in self._bias_of else None
-        parts = [part for part in (image, of_bias) if part is not None]
-        return torch.stack(parts).sum(0) if parts else None
 
 
 def _is_few(contributions: Contributions, *, on_accelerator: bool) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_graddiv.per_example.devices import chunk_bytes, is_accelerator
-from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Explicit, Factor
+from lightning_graddiv.per_example.factors import CANCELLATION, Contributions, Factor
 from lightning_graddiv.per_example.norms import sq_norms_of_rows
 from lightning_graddiv.per_example.probes import Probe
 from lightning_graddiv.per_example.products import matrix_vector, vector_matrix
@@ -66,20 +66,6 @@ class Rows(_OfLinearMap):
         image = vector_matrix(matrix_vector(self.inputs, right), self.output_gradients)
         a, b = self.factors
         return a.sq_norms * b.sq_norms, image
-
-    def is_with(self, bias: Explicit) -> bool:
-        """Tell whether these and contributions to a bias are of the same calls of a linear map."""
-        return self.shared is not None and self.shared is bias.output_gradients
-
-    def measure_with_bias(self, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Measure ``b_i [a_i' 1]``, the contributions to a weight and a bias as one matrix [W b].
-
-        Returns:
-            The squared norms of those to the weight and to the bias, and what the sum of both takes [right' 1]' to.
-        """
-        image = vector_matrix(matrix_vector(self.inputs, right).add_(1), self.output_gradients)
-        a, b = self.factors
-        return a.sq_norms * b.sq_norms, b.sq_norms, image
 
     @override
     def sketches(self, probe: Probe) -> Tensor:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_graddiv.errors import MeasurementError
-from lightning_graddiv.per_example.factors import Contributions, Explicit, Factor
+from lightning_graddiv.per_example.factors import Contributions, Factor
 from lightning_graddiv.per_example.layers import LayerType, Layout
 from lightning_graddiv.per_example.ledger import Ledger
-from lightning_graddiv.per_example.linear_maps import Rows
 from lightning_graddiv.per_example.modes import as_own_work
 from lightning_graddiv.per_example.precision import rounds_products
 from lightning_graddiv.per_example.records import Recorded, Use
@@ -157,20 +156,7 @@ class Pass:
             self._measure(together, self._layouts)
 
     def _measure(self, uses: Sequence[Use], layouts: Layouts) -> None:
-        found = self._contributions(uses, layouts)
-        if len(uses) > 1:
-            alone = [parts[0] for parts in found.values() if len(parts) == 1]
-            Factor.take_sq_norms([factor for of_one in alone for factor in of_one.factors])
-        for use in uses:
-            self._contribute_map(use, found)
-        for index, parts in found.items():
-            self._ledger.contribute(index, added(parts))
-        for use in uses:
-            self.uses.remove(use)
-            use.release()
-
-    def _contributions(self, uses: Sequence[Use], layouts: Layouts) -> dict[int, list[Contributions]]:
-        found: dict[int, list[Contributions]] = defaultdict(list)
+        contributions: dict[int, list[Contributions]] = defaultdict(list)
         for use in uses:
             leading = use.leading
             for name, index in use.parameters.items():
@@ -180,21 +166,18 @@ class Pass:
                         index, f"the leading dimensions {leading} of its layer's input do not hold the examples"
                     )
                     continue
-                of_each = use.contributions(layout, self._examples)
-                if name in of_each:
-                    found[index].append(of_each[name])
+                found = use.contributions(layout, self._examples)
+                if name in found:
+                    contributions[index].append(found[name])
             self._note_precision(use)
-        return found
-
-    def _contribute_map(self, use: Use, found: dict[int, list[Contributions]]) -> None:
-        """Enter a linear map's weight and bias at once, if neither is in other use; take them out of what was found."""
-        weight, bias = use.parameters.get("weight"), use.parameters.get("bias")
-        if weight is None or bias is None or not len(found.get(weight, ())) == len(found.get(bias, ())) == 1:
-            return
-        of_weight, of_bias = found[weight][0], found[bias][0]
-        if isinstance(of_weight, Rows) and isinstance(of_bias, Explicit) and of_weight.is_with(of_bias):
-            self._ledger.contribute_map(weight, bias, of_weight, of_bias)
-            del found[weight], found[bias]
+        if len(uses) > 1:
+            alone = [parts[0] for parts in contributions.values() if len(parts) == 1]
+            Factor.take_sq_norms([factor for of_one in alone for factor in of_one.factors])
+        for index in list(contributions):
+            self._ledger.contribute(index, added(contributions.pop(index)))
+        for use in uses:
+            self.uses.remove(use)
+            use.release()
 
     def _note_precision(self, use: Use) -> None:
         for gradient in use.output_gradients:
