@@ -146,14 +146,14 @@ class Directions:
         """A pool on the device, or as much of one as is needed: the parameters' own begin at ``_start``."""
         device, size = self._parameters[0].device, 2 * self._size
         if self._is_pool_on_device:
-            return _pool_on(device, size, self._count)
+            return _pool_on(device, size, self._count)[0]
         return _pool(size, self._count).narrow(1, self._place_in_pool, self._size).to(device)
 
     @cached_property
     def _first_numbers(self) -> Tensor:
         """Those of the first direction."""
         if self._is_pool_on_device:
-            return _first_on(self._parameters[0].device, 2 * self._size, self._count)
+            return _pool_on(self._parameters[0].device, 2 * self._size, self._count)[1]
         return self._numbers[0]
 
 
@@ -168,14 +168,10 @@ def _pool(size: int, count: int) -> Tensor:
 
 
 @lru_cache(maxsize=_KEPT_POOLS)
-def _pool_on(device: torch.device, size: int, count: int) -> Tensor:
-    """Keep numbers where they are used: measurements would wait for their transfer."""
-    return _pool(size, count).to(device)
-
-
-@lru_cache(maxsize=_KEPT_POOLS)
-def _first_on(device: torch.device, size: int, count: int) -> Tensor:
-    return _pool_on(device, size, count)[0]
+def _pool_on(device: torch.device, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Keep numbers, and those of the first direction alone, where they are used: a transfer would be waited for."""
+    pool = _pool(size, count).to(device)
+    return pool, pool[0]
 
 
 def _is_small(parameter: Tensor, first: Tensor) -> bool:

@@ -144,6 +144,8 @@ class GhostRecorder:
         is over, all at once: a hook on each would cost calls, and copies of what it keeps. Large ones on a processor
         are read as they come by, while it has them at hand. Of the others nothing else tells what the pass gave them.
         """
+        if self._pass is None:
+            return
         if any(p.grad is not None or p._post_accumulate_grad_hooks for p in self._parameters):
             self._attach_parameters(self._parameters)
             return
@@ -152,11 +154,10 @@ class GhostRecorder:
             if self._parameters[index].requires_grad and not is_accelerator(self._parameters[index].device):
                 look = partial(self._guarded, Pass.look_at, index)
                 self._passing.append(self._parameters[index].register_hook(look))
-        if self._pass is not None:
-            self._pass.await_end()
+        self._pass.await_end()
         queue = torch.autograd.Variable._execution_engine.queue_callback
         at_end = partial(self._guarded, Pass.look_at_end, self._parameters)
-        self._passing.append(loss.register_hook(lambda _: queue(at_end)))
+        self._passing.append(loss.register_hook(lambda _: self._guarded(lambda _: queue(at_end))))
 
     def _attach_layer(self, layer: nn.Module, kind: LayerType, held: dict[str, int]) -> None:
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -204,6 +205,8 @@ class GhostRecorder:
         for handle in self._passing:
             handle.remove()
         self._passing = []
+        if self._pass is not None:
+            self._pass.error = None  # whose traceback holds the pass
         self._pass = None
 
     def finish(self) -> Recorded:
@@ -226,7 +229,7 @@ class GhostRecorder:
     def _guarded(self, record: Callable[..., None], *what: Any) -> None:
         """Run our part of a training step on the pass that was begun: it must not end the step."""
         current = self._pass
-        if current is None or current.error is not None or self.is_paused:
+        if current is None or self.is_paused:
             return
         start = time.perf_counter()
         current.attempt(record, current, *what)

@@ -156,7 +156,18 @@ class Pass:
             self._measure(together, self._layouts)
 
     def _measure(self, uses: Sequence[Use], layouts: Layouts) -> None:
-        contributions: dict[int, list[Contributions]] = defaultdict(list)
+        found = self._contributions(uses, layouts)
+        if len(uses) > 1:
+            alone = [parts[0] for parts in found.values() if len(parts) == 1]
+            Factor.take_sq_norms([factor for of_one in alone for factor in of_one.factors])
+        for index, parts in found.items():
+            self._ledger.contribute(index, added(parts))
+        for use in uses:
+            self.uses.remove(use)
+            use.release()
+
+    def _contributions(self, uses: Sequence[Use], layouts: Layouts) -> dict[int, list[Contributions]]:
+        found: dict[int, list[Contributions]] = defaultdict(list)
         for use in uses:
             leading = use.leading
             for name, index in use.parameters.items():
@@ -166,18 +177,11 @@ class Pass:
                         index, f"the leading dimensions {leading} of its layer's input do not hold the examples"
                     )
                     continue
-                found = use.contributions(layout, self._examples)
-                if name in found:
-                    contributions[index].append(found[name])
+                of_each = use.contributions(layout, self._examples)
+                if name in of_each:
+                    found[index].append(of_each[name])
             self._note_precision(use)
-        if len(uses) > 1:
-            alone = [parts[0] for parts in contributions.values() if len(parts) == 1]
-            Factor.take_sq_norms([factor for of_one in alone for factor in of_one.factors])
-        for index in list(contributions):
-            self._ledger.contribute(index, added(contributions.pop(index)))
-        for use in uses:
-            self.uses.remove(use)
-            use.release()
+        return found
 
     def _note_precision(self, use: Use) -> None:
         for gradient in use.output_gradients:

@@ -72,7 +72,7 @@ class Received:
         self._keeps_local = keeps_local
         self.came_in_parts = False
         self._kept: dict[int, Tensor] = {}
-        self._copies: list[_Copies] = []
+        self._copies: _Copies | None = None
         self._images: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
         self._complex: dict[int, Tensor] = {}
@@ -84,7 +84,7 @@ class Received:
         self._local_kept: dict[int, Tensor] = {}
 
     def __contains__(self, index: int) -> bool:
-        is_copied = any(index in copies.lengths for copies in self._copies)
+        is_copied = self._copies is not None and index in self._copies.lengths
         return is_copied or any(index in kind for kind in (self._kept, self._images, self._known, self._complex))
 
     def add(self, index: int, gradient: Tensor, *, keep: bool) -> None:
@@ -131,7 +131,7 @@ class Received:
         self._sq_norms |= sq_norms
         kept = {index: dense(gradient) for index, gradient in gradients.items() if index in keep}
         if kept:
-            self._copies.append(_Copies(kept))
+            self._copies = _Copies(kept)
         self._known |= known
         for index, gradient in gradients.items():
             if index not in sq_norms:
@@ -173,16 +173,13 @@ class Received:
     @property
     def indices(self) -> set[int]:
         """Of the parameters that received one."""
-        copied = [copies.lengths for copies in self._copies]
-        return set().union(self._kept, *copied, self._images, self._known, self._complex)
+        copied = () if self._copies is None else self._copies.lengths
+        return set().union(self._kept, copied, self._images, self._known, self._complex)
 
     @cached_property
     def _entries(self) -> dict[int, Tensor]:
         """Of all gradients that are kept or were copied; to be asked for when all have been entered."""
-        found = dict(self._kept)
-        for copies in self._copies:
-            found |= copies.of_each()
-        return found
+        return self._kept if self._copies is None else self._kept | self._copies.of_each()
 
     @cached_property
     def sq_norms(self) -> dict[int, float]:
@@ -228,7 +225,7 @@ class Received:
             return False
         if self._marks != {index: _mark_of(found[index]) for index in self._marks}:
             return False
-        if not all(copies.are(found) for copies in self._copies):
+        if self._copies is not None and not self._copies.are(found):
             return False
         pairs = [(kept, found[index]) for index, kept in self._kept.items()]
         return all(was.device == now.device for was, now in pairs) and _are_equal(pairs)

@@ -45,6 +45,7 @@ class Use:
     _found: tuple[Layout, dict[str, Contributions]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        # Without the graph, which may be dropped with the output; else as autograd holds them.
         self.inputs = tuple([v.detach() if v is not None and v.requires_grad else v for v in self.inputs])
         self.output = None if self.output is None else self.output.detach()
         self.writes = _writes(self.inputs), _writes((self.output,))

@@ -1,5 +1,8 @@
 """What the recorder sees of a backward pass, and what it does not let pass."""
 
+import gc
+import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -72,14 +75,28 @@ def test_norms_and_nothing_missed():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_use_outside_of_the_layer_is_missed_whatever_the_directions(seed):
-    """Two classes: rows of the weight's gradient are each other's negatives."""
-    x, y, net = batch(7), torch.tensor([0, 1, 1, 0]), nn.Linear(7, 2).double()
+@pytest.mark.parametrize("watch", [recorded, recorded_at_the_end])
+class TestAUseOutsideOfTheLayerIsMissedWhateverTheDirections:
+    MISSES = dict.fromkeys((0, 1), "it is used outside of its layer")
 
-    def loss(net):
-        return F.cross_entropy(net(x), y) + F.cross_entropy(F.linear(x.flip(0), net.weight, net.bias), y)
+    def test_of_two_classes(self, watch, seed):
+        """Rows of the weight's gradient are each other's negatives."""
+        x, y, net = batch(7), torch.tensor([0, 1, 1, 0]), nn.Linear(7, 2).double()
 
-    assert recorded(net, loss, seed=seed).misses == dict.fromkeys((0, 1), "it is used outside of its layer")
+        def loss(net):
+            return F.cross_entropy(net(x), y) + F.cross_entropy(F.linear(x.flip(0), net.weight, net.bias), y)
+
+        assert watch(net, loss, seed=seed).misses == self.MISSES
+
+    @pytest.mark.parametrize("at", [-1.0, 1.0])
+    def test_at_a_boundary(self, watch, seed, at):
+        """Gradients of the weight and of the bias are the same or each other's negatives."""
+        x, net = batch(1), nn.Linear(1, 3).double()
+
+        def loss(net):
+            return net(x).square().sum() + F.linear(torch.full_like(x, at), net.weight, net.bias).square().sum()
+
+        assert watch(net, loss, seed=seed).misses == self.MISSES
 
 
 def test_a_parameter_without_a_layer_is_missed():
@@ -219,6 +236,66 @@ def test_a_frozen_layer_and_an_inference_pass_are_not_watched():
         assert not net[0]._forward_hooks
 
 
+def test_without_a_pass_that_was_begun_nothing_is_recorded():
+    net, x = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 2)).double(), batch(300)
+    parameters = list(net.parameters())
+    with GhostRecorder(parameters, every_use(parameters), awaits_loss=True, keeps_norms=True) as recorder:
+        recorder.attach(net)
+        loss = net(x).square().sum()
+        recorder.await_end_of(loss)
+        loss.backward()
+        assert recorder.uses == []
+        assert recorder.seconds == 0
+        assert not net[0].weight._backward_hooks
+        with pytest.raises(MeasurementError, match="No pass to record was begun"):
+            recorder.finish()
+        recorder.begin(N)  # and from then on it is
+        net.zero_grad()
+        loss = net(x).square().sum()
+        recorder.await_end_of(loss)
+        loss.backward()
+        assert recorder.finish().totals.keys() == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("ends_by", ["finish", "detach"])
+@pytest.mark.parametrize("error", ["a rule fails", "not finite"])
+def test_after_an_error_tensors_are_let_go_of_at_once(error, ends_by, monkeypatch):
+    """They do not wait for the garbage collector, which pressure on a GPU's memory does not call."""
+    net, held = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double(), []
+    if error == "a rule fails":
+        break_rule(monkeypatch)
+    parameters = list(net.parameters())
+    with GhostRecorder(parameters, every_use(parameters)) as recorder:
+        recorder.attach(net)
+        recorder.begin(N)
+        x = batch()
+        net[1].register_forward_hook(lambda _, __, output: held.append(weakref.ref(output.untyped_storage())))
+        (net(x).square().sum() * (math.inf if error == "not finite" else 1.0)).backward()
+        held.append(weakref.ref(x))
+        del x
+        gc.disable()
+        try:
+            if ends_by == "finish":
+                with pytest.raises(MeasurementError):
+                    recorder.finish()
+            else:
+                recorder.detach()
+            assert [reference() for reference in held] == [None, None]
+        finally:
+            gc.enable()
+
+
+def test_what_is_held_holds_no_graph():
+    net, x = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double(), batch()
+    with GhostRecorder(list(net.parameters())) as recorder:
+        recorder.attach(net)
+        recorder.begin(N)
+        torch.autograd.grad(net(x).pow(3).sum(), list(net.parameters()), create_graph=True)
+        held = [value for use in recorder.uses for value in (*use.inputs, *use.output_gradients)]
+        assert len(held) == 4
+        assert not any(value.requires_grad for value in held)
+
+
 class TestTheOnlyPass:
     """Parameters whose gradients nobody else touches are looked at once the pass is over."""
 
@@ -338,10 +415,36 @@ class TestTheOnlyPass:
             {index: float(parameter.grad.square().sum()) for index, parameter in enumerate(net.parameters())}
         )
 
-    def test_a_use_outside_of_the_layer_is_missed(self):
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    @pytest.mark.parametrize("used", ["too", "only"])
+    def test_a_use_outside_of_the_layer_is_missed(self, name, used):
         net, x = self.net(), batch()
-        found = recorded_at_the_end(net, lambda net: net(x).square().sum() + net[0].weight.square().sum())
-        assert found.misses == {0: "it is used outside of its layer"}
+
+        def loss(net):
+            aside = getattr(net[0], name).square().sum()
+            return net(x).square().sum() + aside if used == "too" else 0.0 * net(x).sum() + aside
+
+        index = ["weight", "bias"].index(name)
+        assert recorded_at_the_end(net, loss).misses == {index: "it is used outside of its layer"}
+
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    def test_what_was_not_differentiated_is_missed(self, name):
+        net, x = nn.Linear(5, 3).double(), batch()
+
+        def run(recorder):
+            loss = net(x).square().sum()
+            recorder.await_end_of(loss)
+            loss.backward(inputs=[getattr(net, name)])
+
+        assert self.watched(net, run).misses.keys() == {1 - ["weight", "bias"].index(name)}
+
+    @pytest.mark.parametrize("frozen", ["weight", "bias"])
+    def test_one_of_a_layers_parameters_alone_is_measured(self, frozen):
+        net, x = self.net(), batch()
+        getattr(net[0], frozen).requires_grad_(False)
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum())
+        assert found.misses == {}
+        assert found.sq_norms.keys() == {0, 1, 2, 3} - {["weight", "bias"].index(frozen)}
 
     def test_a_parameter_without_a_layer_and_a_complex_one_are_missed(self):
         net, x = self.net(), batch()
