@@ -54,7 +54,10 @@ Seconds = list[float]
 _SECONDS = 1.5
 """For plain steps beside each engine."""
 
+_TRAININGS = 3
+
 _BUILDS = 3
+"""Of the networks that engines run on."""
 
 _REPEATS_OF_SLOW = 3
 """Of what takes more than four plain steps, each time that it is built."""
@@ -177,11 +180,14 @@ def by_kind(steps: Sequence[tuple[str, float]]) -> dict[str, Seconds]:
 
 
 def in_training(task: Task, quick: bool, device: str, precision: Any = "32-true") -> dict[str, Any]:
+    """Return what measuring costs a training: the middle of several, since the machine is another from time to time."""
     per_step = statistics.median(by_kind(train(task, 6, 10**6, device, precision).steps)["plain"])
-    steps = max(24, min(400, int((8 if quick else 25) / per_step)))
+    steps = max(24, min(400, int((5 if quick else 15) / per_step)))
     with numbers_sent() as sent:
-        training = train(task, steps, 2, device, precision)
-    seconds = by_kind(training.steps[2:])  # the first two pay for start-up
+        trainings = [train(task, steps, 2, device, precision) for _ in range(_TRAININGS if device == "cpu" else 1)]
+    each = [by_kind(training.steps[2:]) for training in trainings]  # the first two steps pay for start-up
+    ratios = [statistics.median(of_one["measured"]) / statistics.median(of_one["plain"]) for of_one in each]
+    seconds = {kind: [second for of_one in each for second in of_one[kind]] for kind in each[0]}
     for _ in range(FIRST_CHECKS):
         seconds["checked"] += by_kind(train(task, 4, 4, device, precision).steps)["checked"]
     plain = statistics.median(seconds["plain"])
@@ -190,19 +196,19 @@ def in_training(task: Task, quick: bool, device: str, precision: Any = "32-true"
         "plain": spread(seconds["plain"]),
         "measured": spread(seconds["measured"]),
         "checked": spread(seconds["checked"]),
-        "measured_over_plain": statistics.median(seconds["measured"]) / plain,
+        "measured_over_plain": statistics.median(ratios),
         "checked_over_plain": statistics.median(seconds["checked"]) / plain,
         # In the long run: one measurement of 256 is checked.
         "every_n_steps": cadence,
         "overhead_at_default_cadence": (
-            (statistics.median(seconds["measured"]) - plain) + (statistics.median(seconds["checked"]) - plain) / 256
+            (statistics.median(ratios) - 1) + (statistics.median(seconds["checked"]) / plain - 1) / 256
         )
-        / (cadence * plain),
-        "overhead_logged": training.logged,
-        "overhead_seen_from_outside": training.seen(),
+        / cadence,
+        "overhead_logged": statistics.median(training.logged for training in trainings),
+        "overhead_seen_from_outside": statistics.median(training.seen() for training in trainings),
         "bytes_sent_by_a_measurement": 8 * statistics.mode(sent),
-        "engine": training.monitor._measurer.engine,
-        "coverage": training.monitor._coverage,
+        "engine": trainings[-1].monitor._measurer.engine,
+        "coverage": trainings[-1].monitor._coverage,
     }
 
 
