@@ -107,14 +107,18 @@ def test_a_parameter_without_a_layer_is_missed():
     assert list(misses.values()) == ["no layer with a rule uses it"]
 
 
+@pytest.mark.parametrize("awaits_loss", [False, True])
 @pytest.mark.parametrize("left_out", [0, 1])
-def test_contributions_to_what_received_no_gradient_are_missed(left_out):
+def test_contributions_to_what_received_no_gradient_are_missed(left_out, awaits_loss):
     net, x = nn.Linear(5, 3).double(), batch()
     parameters = list(net.parameters())
-    with GhostRecorder(parameters, every_use(parameters)) as recorder:
+    with GhostRecorder(parameters, every_use(parameters), awaits_loss=awaits_loss) as recorder:
         recorder.attach(net)
         recorder.begin(N)
-        net(x).square().sum().backward(inputs=[parameters[1 - left_out]])
+        loss = net(x).square().sum()
+        if awaits_loss:
+            recorder.await_end_of(loss)
+        loss.backward(inputs=[parameters[1 - left_out]])
         assert recorder.finish().misses == {left_out: "it is used outside of its layer"}
 
 
@@ -427,16 +431,15 @@ class TestTheOnlyPass:
         index = ["weight", "bias"].index(name)
         assert recorded_at_the_end(net, loss).misses == {index: "it is used outside of its layer"}
 
-    @pytest.mark.parametrize("name", ["weight", "bias"])
-    def test_what_was_not_differentiated_is_missed(self, name):
-        net, x = nn.Linear(5, 3).double(), batch()
-
-        def run(recorder):
-            loss = net(x).square().sum()
-            recorder.await_end_of(loss)
-            loss.backward(inputs=[getattr(net, name)])
-
-        assert self.watched(net, run).misses.keys() == {1 - ["weight", "bias"].index(name)}
+    def test_gradients_of_parameters_that_are_not_measured_are_known_too(self):
+        net, x = self.net(), batch()
+        by_hooks = recorded(net, lambda net: net(x).square().sum(), keeps_norms=True)
+        net.zero_grad()
+        found = recorded_at_the_end(net, lambda net: net(x).square().sum(), measured=frozenset({0, 1}))
+        assert found.sq_norms.keys() == {0, 1}
+        assert found.received.sq_norms == pytest.approx(by_hooks.received.sq_norms)
+        torch.testing.assert_close(found.received.projections(), by_hooks.received.projections())
+        assert found.received.is_still([parameter.grad for parameter in net.parameters()])
 
     @pytest.mark.parametrize("frozen", ["weight", "bias"])
     def test_one_of_a_layers_parameters_alone_is_measured(self, frozen):

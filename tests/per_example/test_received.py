@@ -68,6 +68,7 @@ CHANGES = {
     "one entry": lambda gradients: gradients[2][0, 0].add_(1e-9),
     "a bias": lambda gradients: gradients[3][1].mul_(2),
     "another tensor with the same numbers": lambda gradients: gradients.__setitem__(0, gradients[0] * 2),
+    "on another device": lambda gradients: gradients.__setitem__(1, gradients[1].to("meta")),
     "one less": lambda gradients: gradients.__setitem__(1, None),
     "sparse": lambda gradients: gradients.__setitem__(0, gradients[0].to_sparse()),
 }
